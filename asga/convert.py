@@ -1,0 +1,151 @@
+"""Turning a float model into one with quantized layers, for a search or with a policy."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from asga.nn.layers import MixedConv2d, MixedLinear, QuantConv2d, QuantizedLayer, QuantLinear
+from asga.nn.quantizable import find_quantizable
+from asga.policy import Policy
+
+if TYPE_CHECKING:
+    from asga.search.space import SearchSpace
+
+__all__ = ["LayerSummary", "find_quantizable", "prepare", "quantization_summary", "quantize"]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One row of `quantization_summary`.
+
+    Attributes:
+        name: The module's name.
+        type: Its class.
+        weight_bits: Bit-width of the weight, candidates in a mixed layer, None where it is float.
+        act_bits: The same for the input.
+        reason: Why the layer is float; empty for a quantized one.
+    """
+
+    name: str
+    type: str
+    weight_bits: int | tuple[int, ...] | None
+    act_bits: int | tuple[int, ...] | None
+    reason: str
+
+
+def prepare(model: nn.Module, space: "SearchSpace", *, inplace: bool = False, init: str = "mse") -> nn.Module:
+    """Make the layers of `model` searchable.
+
+    Searched layers become mixtures over their candidates, pinned ones get their fixed bits, excluded ones
+    stay float. Activation scales are not set yet: see `asga.nn.calibrate`.
+
+    Args:
+        model: A float model.
+        space: The candidates of each layer.
+        inplace: Replace layers in `model` itself, keeping its `Parameter` objects, instead of in a deep copy.
+        init: Initial scales: "mse" (least squared error) or "lsq".
+
+    Returns:
+        The converted model; `model` itself if `inplace`.
+
+    Raises:
+        ValueError: The model is converted already, has nothing to search, or is itself a single layer, which
+            cannot be replaced in place. Nothing has been changed.
+    """
+    _check_float(model)
+    layers = space.choices(model).layers
+    pinned = {name: (c.weight_bits[0], c.act_bits[0]) for name, c in layers.items() if c.pinned}
+    searched = {
+        name: (_candidates(c.weight_bits), _candidates(c.act_bits))
+        for name, c in layers.items()
+        if not c.pinned
+    }
+    return _convert(model, pinned, searched, inplace, init)
+
+
+def quantize(model: nn.Module, policy: Policy, *, inplace: bool = False, init: str = "mse") -> nn.Module:
+    """Give the layers of `model` the fixed bit-widths of a policy.
+
+    The model may differ from the one the policy was searched on in whatever leaves the layers' names the
+    same: number of classes, resolution, widths. Activation scales are not set yet: see `asga.nn.calibrate`.
+
+    Args:
+        model: A float model.
+        policy: Bit-widths for each of its quantizable layers.
+        inplace: Replace layers in `model` itself, keeping its `Parameter` objects, instead of in a deep copy.
+        init: Initial scales: "mse" (least squared error) or "lsq".
+
+    Returns:
+        The converted model; `model` itself if `inplace`.
+
+    Raises:
+        ValueError: The policy does not fit the model (`Policy.check_against`), or the model is converted
+            already, or is itself a single layer, which cannot be replaced in place. Nothing has been changed.
+    """
+    _check_float(model)
+    policy.check_against(list(find_quantizable(model)[0]))
+    fixed = {
+        name: (layer.weight_bits, layer.act_bits)
+        for name, layer in policy.items()
+        if (layer.weight_bits, layer.act_bits) != (None, None)
+    }
+    return _convert(model, fixed, {}, inplace, init)
+
+
+def quantization_summary(model: nn.Module) -> list[LayerSummary]:
+    """What is quantized in a float or converted model, how, and why the rest is not.
+
+    Returns:
+        A row for every module that holds a weight, in registration order.
+    """
+    layers, skipped = find_quantizable(model)
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            rows.append(LayerSummary(name, type(module).__name__, module.weight_bits, module.act_bits, ""))
+        elif name in layers or name in skipped:
+            reason = skipped.get(name, "float: no bit-width was given to it")
+            rows.append(LayerSummary(name, type(module).__name__, None, None, reason))
+    return rows
+
+
+def _check_float(model: nn.Module) -> None:
+    converted = next((name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)), None)
+    if converted is not None:
+        raise ValueError(
+            f"the model is converted already (layer {converted!r}): start from the float model, and load the "
+            f"weights of the converted one into it if they are wanted"
+        )
+
+
+def _candidates(bits: tuple[int | None, ...]) -> tuple[int, ...] | None:
+    """The search space writes a tensor that stays float as ``(None,)``."""
+    return None if bits == (None,) else bits
+
+
+def _convert(
+    model: nn.Module, fixed: Mapping[str, tuple], searched: Mapping[str, tuple], inplace: bool, init: str
+) -> nn.Module:
+    """Build all layers first and swap them last, so that an error leaves the model as it was."""
+    if inplace and ("" in fixed or "" in searched):
+        raise ValueError(
+            f"inplace is True, but the model is itself a {type(model).__name__}: use the return value of "
+            f"inplace=False"
+        )
+    model = model if inplace else copy.deepcopy(model)
+    replacements = {}
+    for bits, conv, linear in ((fixed, QuantConv2d, QuantLinear), (searched, MixedConv2d, MixedLinear)):
+        for name, (weight_bits, act_bits) in bits.items():
+            module = model.get_submodule(name)
+            kind = conv if isinstance(module, nn.Conv2d) else linear
+            replacements[module] = kind.from_float(
+                module, weight_bits=weight_bits, act_bits=act_bits, init=init
+            )
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)

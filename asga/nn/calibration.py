@@ -1,0 +1,93 @@
+"""Setting activation scales from a few batches, before any training."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from asga.nn.observer import ActStatistics
+from asga.nn.quantizers import ActQuantizer, MixedActQuantizer, Quantizer
+
+Batch = Tensor | tuple | list | Mapping[str, object]
+
+
+def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Set sign and scale of every activation quantizer from the activations of the float network.
+
+    Runs the batches in eval mode without gradient while all quantizers, those of weights too, let their
+    input pass. If anything fails, the model is as before. With several processes, call it before the model
+    is wrapped and with the same batches in each, or the scales will differ.
+
+    Args:
+        model: A converted model.
+        batches: A few batches, all of which are run: a tensor, a tuple or list whose first entry is the input
+            (labels may follow), or a mapping of keyword arguments. Tensors are moved to the model's device.
+
+    Raises:
+        ValueError: There is no batch, or the activations are not finite.
+        TypeError: A batch is of none of these types.
+
+    Warns:
+        UserWarning: The batches did not reach some quantizers, which stay as they were.
+    """
+    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    statistics = {
+        name: ActStatistics(keep_sample=quantizer.init == "mse")
+        for name, quantizer in quantizers.items()
+        if isinstance(quantizer, ActQuantizer | MixedActQuantizer)
+    }
+    if not statistics:
+        return
+    training = {module: module.training for module in model.modules()}
+    try:
+        for name, quantizer in quantizers.items():
+            quantizer._observe = statistics[name].update if name in statistics else _ignore
+        model.eval()
+        _run(model, batches)
+    finally:
+        for quantizer in quantizers.values():
+            quantizer._observe = None
+        for module, mode in training.items():
+            module.training = mode
+    seen = {name: found for name, found in statistics.items() if not found.empty}
+    for name, found in seen.items():
+        try:
+            found.signed()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for name, found in seen.items():
+        quantizers[name].initialize(found)
+    if len(seen) < len(statistics):
+        missed = ", ".join(repr(name) for name in statistics if name not in seen)
+        warnings.warn(f"no calibration batch reached {missed}", stacklevel=2)
+
+
+def _run(model: nn.Module, batches: Iterable[Batch]) -> None:
+    device = next(model.parameters()).device  # at least a scale is there
+    count = 0
+    # A compiled model must run eagerly here: observers are not part of its graph.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                model(**{key: _to(value, device) for key, value in batch.items()})
+            elif isinstance(batch, Tensor):
+                model(_to(batch, device))
+            elif isinstance(batch, tuple | list) and batch:
+                model(_to(batch[0], device))
+            else:
+                raise TypeError(
+                    f"a batch is {type(batch).__name__}; a tensor, a non-empty tuple or list, or a mapping "
+                    f"is needed"
+                )
+            count += 1
+    if count == 0:
+        raise ValueError("batches is empty: calibration needs at least one batch")
+
+
+def _to(value: object, device: torch.device) -> object:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _ignore(input: Tensor) -> None:
+    """The observer of weights: their scales are known already."""

@@ -1,0 +1,6 @@
+"""Fused quantization operators: `fake_quant` and `mixed_fake_quant`."""
+
+from asga.ops.backends import backend, get_backend, set_backend
+from asga.ops.functional import fake_quant, mixed_fake_quant
+
+__all__ = ["backend", "fake_quant", "get_backend", "mixed_fake_quant", "set_backend"]

@@ -1,0 +1,141 @@
+"""The public operators: arguments are checked here, once and in the same words for every backend."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import asga.ops.backends  # noqa: F401  (attaches the kernels to torch.ops.asga)
+
+MAX_CANDIDATES = 8  # kMaxCandidates in csrc/quant_math.h
+
+
+def fake_quant(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+) -> Tensor:
+    """Quantize to integers and back, in one sweep: ``(clamp(round(x / s) + z, quant_min, quant_max) - z) * s``.
+
+    Rounds half to even, divides as IEEE does, propagates NaN, clamps infinities and never returns -0.0. Computes
+    in float32 (float64 for float64 inputs). Differentiable in every floating argument with the straight-through
+    gradients of LSQ; the gradient of the scale is the plain one, without LSQ's factor ``1/sqrt(n * quant_max)``.
+
+    Args:
+        input: Any shape, float32, bfloat16, float16 or float64.
+        scale: One element (per tensor) or shape ``[C]`` with ``C = input.shape[axis]`` (per channel); floating,
+            positive. Non-positive or NaN scales give meaningless values but no error: checking would stall a GPU.
+        zero_point: Like `scale`; rounded half to even before use. None is zero. Its magnitude must stay below
+            2**21.
+        quant_min: Smallest integer of the grid.
+        quant_max: Largest integer of the grid.
+        axis: Dimension of the channels, or None for one scale in all.
+
+    Returns:
+        A tensor with the shape, dtype and strides of ``torch.empty_like(input)``.
+
+    Raises:
+        TypeError: A tensor is not floating point.
+        ValueError: A range, axis, shape or device does not fit; the message names the argument.
+
+    Source:
+        Esser et al., "Learned Step Size Quantization", ICLR 2020, eq. 1-3; Bhalgat et al., "LSQ+", 2020, for the
+        zero point.
+    """
+    axis = _check_input(input, axis)
+    _check_range("quant_min", "quant_max", quant_min, quant_max)
+    channels = 1 if axis is None else input.shape[axis]
+    _check_scale("scale", scale, input, axis, (channels,))
+    if zero_point is not None:
+        _check_scale("zero_point", zero_point, input, axis, (channels,))
+    return torch.ops.asga.fake_quant(input, scale, zero_point, quant_min, quant_max, axis)
+
+
+def mixed_fake_quant(
+    input: Tensor,
+    scales: Tensor,
+    probs: Tensor,
+    *,
+    quant_mins: Sequence[int],
+    quant_maxs: Sequence[int],
+    axis: int | None = None,
+) -> Tensor:
+    """Mixture of K quantizers in one sweep: ``sum_k probs[k] * fake_quant(x; scales[k], min_k, max_k)``.
+
+    Reads `input` once, writes the output once and keeps only `input` for backward, whatever K is. Multiplies by
+    the reciprocal of each scale (`fake_quant` divides), so single values on a rounding boundary may differ from
+    the sum of K calls of `fake_quant`. Differentiable in `input`, `scales` and `probs`.
+
+    Args:
+        input: Any shape, float32, bfloat16, float16 or float64.
+        scales: ``[K]`` (per tensor) or ``[K, C]`` with ``C = input.shape[axis]``; floating, positive.
+        probs: ``[K]``, the weights of the candidates. They need not sum to one.
+        quant_mins: K integers, the smallest of each grid.
+        quant_maxs: K integers, the largest of each grid.
+        axis: Dimension of the channels, or None for one scale per candidate.
+
+    Returns:
+        A tensor with the shape, dtype and strides of ``torch.empty_like(input)``.
+
+    Raises:
+        TypeError: A tensor is not floating point.
+        ValueError: A range, count, axis, shape or device does not fit; the message names the argument.
+
+    Source:
+        Cai and Vasconcelos, "Rethinking Differentiable Search for Mixed-Precision Neural Networks" (EdMIPS),
+        CVPR 2020, eq. 10: one convolution of the mixture.
+    """
+    axis = _check_input(input, axis)
+    quant_mins, quant_maxs = list(quant_mins), list(quant_maxs)
+    candidates = len(quant_mins)
+    if not 1 <= candidates <= MAX_CANDIDATES:
+        raise ValueError(
+            f"quant_mins has {candidates} candidates; between 1 and {MAX_CANDIDATES} are supported"
+        )
+    if len(quant_maxs) != candidates:
+        raise ValueError(f"quant_maxs has {len(quant_maxs)} entries but quant_mins has {candidates}")
+    for k, (low, high) in enumerate(zip(quant_mins, quant_maxs, strict=True)):
+        _check_range(f"quant_mins[{k}]", f"quant_maxs[{k}]", low, high)
+    channels = () if axis is None else (input.shape[axis],)
+    _check_scale("scales", scales, input, axis, (candidates, *channels))
+    _check_scale("probs", probs, input, None, (candidates,))
+    return torch.ops.asga.mixed_fake_quant(input, scales, probs, quant_mins, quant_maxs, axis)
+
+
+def _check_input(input: Tensor, axis: int | None) -> int | None:
+    """Check dtype and axis; returns the axis counted from the front."""
+    if not input.is_floating_point():
+        raise TypeError(f"input has dtype {input.dtype}; a real floating-point tensor is needed")
+    if axis is None:
+        return None
+    dims = input.dim()
+    if not -dims <= axis < dims:
+        raise ValueError(f"axis is {axis}, out of range for an input with {dims} dimensions")
+    return axis % dims
+
+
+def _check_range(name_min: str, name_max: str, quant_min: int, quant_max: int) -> None:
+    if quant_min >= quant_max:
+        raise ValueError(f"{name_min} is {quant_min}, which is not below {name_max} = {quant_max}")
+    if quant_min < -(2**16) or quant_max > 2**16:
+        raise ValueError(
+            f"{name_min} = {quant_min}, {name_max} = {quant_max}: grids beyond 16 bits are not supported"
+        )
+
+
+def _check_scale(name: str, scale: Tensor, input: Tensor, axis: int | None, shape: tuple[int, ...]) -> None:
+    if not scale.is_floating_point():
+        raise TypeError(f"{name} has dtype {scale.dtype}; a real floating-point tensor is needed")
+    if scale.device != input.device:
+        raise ValueError(f"{name} is on {scale.device} but input is on {input.device}")
+    if scale.shape != shape and not (axis is None and shape == (1,) and scale.numel() == 1):
+        where = (
+            "without an axis"
+            if axis is None
+            else f"for axis {axis} of an input of shape {tuple(input.shape)}"
+        )
+        raise ValueError(f"{name} has shape {tuple(scale.shape)}; {where} it must be {shape}")

@@ -1,0 +1,197 @@
+"""The search space: which bit-widths each layer of a model may have."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from asga.nn.quantizable import find_quantizable
+from asga.ops.functional import MAX_CANDIDATES
+from asga.policy import LayerPolicy, Policy, check_bits, did_you_mean
+
+Pin = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LayerChoices:
+    """The candidate bit-widths of one layer, ascending; ``(None,)`` where the tensor stays float.
+
+    A `pinned` layer has one candidate for each and is not searched.
+    """
+
+    weight_bits: tuple[int | None, ...]
+    act_bits: tuple[int | None, ...]
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class SpaceChoices:
+    """A search space applied to one model.
+
+    Args:
+        layers: The layers to quantize, searched and pinned, in the order the model registers them.
+        skipped: Why other layers with a weight stay float, by name; the excluded ones are among them.
+        names: All layers that could be quantized, in the order the model registers them: those in `layers`
+            and the excluded ones. Costs and policies are about these.
+    """
+
+    layers: dict[str, LayerChoices]
+    skipped: dict[str, str]
+    names: tuple[str, ...]
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """Layers that could be quantized but stay float.
+
+        Costs count them, as 32 bits, and policies have them with None for both bit-widths.
+        """
+        return tuple(name for name in self.names if name not in self.layers)
+
+    def uniform(self, weight_bits: int, act_bits: int, meta: Mapping[str, object] | None = None) -> Policy:
+        """The policy that gives every searched layer the same bits, candidates or not.
+
+        Pinned layers keep their pins and excluded layers stay float, as in every policy of this space.
+        """
+        searched = LayerPolicy(weight_bits, act_bits)
+        bits = {
+            name: LayerPolicy(c.weight_bits[0], c.act_bits[0]) if c.pinned else searched
+            for name, c in self.layers.items()
+        }
+        return self._policy(bits, meta)
+
+    def policy(
+        self, chosen: Mapping[str, tuple[int, int]], meta: Mapping[str, object] | None = None
+    ) -> Policy:
+        """The policy of one candidate per layer.
+
+        Args:
+            chosen: Per layer the indices into its `weight_bits` and `act_bits`, as `asga.search.solver.solve`
+                returns them.
+            meta: Metadata of the policy.
+        """
+        bits = {
+            name: LayerPolicy(c.weight_bits[chosen[name][0]], c.act_bits[chosen[name][1]])
+            for name, c in self.layers.items()
+        }
+        return self._policy(bits, meta)
+
+    def _policy(self, bits: dict[str, LayerPolicy], meta: Mapping[str, object] | None) -> Policy:
+        stays_float = LayerPolicy(None, None)
+        return Policy({name: bits.get(name, stays_float) for name in self.names}, meta)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Which bit-widths the layers of a model may have.
+
+    Patterns are those of `fnmatch` (``"layer1.*"``, ``"*.downsample.0"``, or an exact name), matched
+    case-sensitively against the names of the model's quantizable layers. When several pins match a layer the
+    last one counts; when a layer is both pinned and excluded it is excluded.
+
+    Args:
+        weight_bits: Candidates for the weights, 2 to 8, at most 8 of them; kept in ascending order.
+        act_bits: The same for the inputs of the layers.
+        first_last: Bits of the model's first and last quantizable layer, in registration order, unless
+            `pinned` says otherwise: an integer for weight and input, a pair ``(weight_bits, act_bits)``, or
+            None to search them like the others. 8 bits are customary: Esser et al., "Learned Step Size
+            Quantization", ICLR 2020.
+        pinned: Bits by pattern, an integer or a pair, of layers that are quantized but not searched.
+        exclude: Patterns of layers that stay float.
+
+    Raises:
+        TypeError: A bit-width is not an integer, or `exclude` not a sequence of strings.
+        ValueError: A bit-width is outside 2..8 or given twice, or there are no or too many candidates.
+    """
+
+    weight_bits: Sequence[int] = (2, 3, 4, 6, 8)
+    act_bits: Sequence[int] = (2, 3, 4, 6, 8)
+    first_last: Pin | None = 8
+    pinned: Mapping[str, Pin] = field(default_factory=dict)
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise TypeError(f"exclude is {self.exclude!r}; a sequence of name patterns is needed")
+        first_last = None if self.first_last is None else _pair("first_last", self.first_last)
+        pinned = {pattern: _pair(f"pinned[{pattern!r}]", pin) for pattern, pin in self.pinned.items()}
+        # The dataclass is frozen: values in their canonical form can only be put in place this way.
+        object.__setattr__(self, "weight_bits", _candidates("weight_bits", self.weight_bits))
+        object.__setattr__(self, "act_bits", _candidates("act_bits", self.act_bits))
+        object.__setattr__(self, "first_last", first_last)
+        object.__setattr__(self, "pinned", pinned)
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+
+    def choices(self, model: nn.Module) -> SpaceChoices:
+        """Apply the space to a model.
+
+        Args:
+            model: Any module; it is only looked at.
+
+        Returns:
+            The candidates of every quantizable layer, and why other layers stay float.
+
+        Raises:
+            ValueError: A pattern matches no quantizable layer, or no layer is left to search.
+        """
+        quantizable, skipped = find_quantizable(model)
+        names = list(quantizable)
+        if not names:
+            raise ValueError(f"the model has no layer that can be quantized{_reasons(skipped)}")
+        excluded = [name for p in self.exclude for name in _matches("exclude", p, names, skipped)]
+        pins = {}
+        if self.first_last is not None:
+            pins = dict.fromkeys((names[0], names[-1]), self.first_last)
+        for pattern, pin in self.pinned.items():
+            pins |= dict.fromkeys(_matches("pinned", pattern, names, skipped), pin)
+
+        layers = {}
+        for name in names:
+            if name in excluded:
+                continue
+            if name in pins:
+                weight_bits, act_bits = pins[name]
+                layers[name] = LayerChoices((weight_bits,), (act_bits,), pinned=True)
+            else:
+                layers[name] = LayerChoices(self.weight_bits, self.act_bits)
+        if all(c.pinned for c in layers.values()):
+            raise ValueError(
+                f"no layer is left to search: {len(layers)} of {len(names)} quantizable layers are pinned, "
+                f"{len(names) - len(layers)} excluded. first_last={self.first_last!r} is the rule for "
+                f"{names[0]!r} and {names[-1]!r}; first_last=None searches them too"
+            )
+        reasons = dict.fromkeys(excluded, "excluded by the search space")
+        return SpaceChoices(layers, skipped | reasons, tuple(names))
+
+
+def _candidates(name: str, bits: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(bits, str) or not isinstance(bits, Sequence):
+        raise TypeError(f"{name} is {bits!r}; a sequence of integers is needed")
+    for k, value in enumerate(bits):
+        check_bits(f"{name}[{k}]", value)
+    if not 1 <= len(bits) <= MAX_CANDIDATES:
+        raise ValueError(f"{name} has {len(bits)} candidates; between 1 and {MAX_CANDIDATES} are supported")
+    if len(set(bits)) < len(bits):
+        raise ValueError(f"{name} is {tuple(bits)}; each candidate may be there only once")
+    return tuple(sorted(bits))
+
+
+def _pair(name: str, pin: Pin) -> tuple[int, int]:
+    if isinstance(pin, Sequence) and not isinstance(pin, str) and len(pin) == 2:
+        return check_bits(f"{name}[0]", pin[0]), check_bits(f"{name}[1]", pin[1])
+    if isinstance(pin, int):
+        return check_bits(name, pin), pin
+    raise TypeError(f"{name} is {pin!r}; an integer or a pair (weight_bits, act_bits) is needed")
+
+
+def _matches(argument: str, pattern: str, names: Sequence[str], skipped: Mapping[str, str]) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        reasons = {name: why for name, why in skipped.items() if fnmatchcase(name, pattern)}
+        hint = _reasons(reasons) if reasons else did_you_mean(pattern, names)
+        raise ValueError(f"{argument}: the pattern {pattern!r} matches no quantizable layer{hint}")
+    return found
+
+
+def _reasons(skipped: Mapping[str, str]) -> str:
+    return "".join(f"\n  {name!r}: {why}" for name, why in skipped.items())

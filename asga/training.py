@@ -1,0 +1,352 @@
+"""Training loops that can be watched, interrupted and resumed; evaluation."""
+
+import contextlib
+import itertools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from types import FrameType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import Optimizer
+
+from asga.runs import RunFolder
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+# Steps in a row whose loss is not finite before training gives up: the optimizer skips such steps, so a few of them
+# do no harm, but a network that has diverged does not come back.
+_MAX_BAD_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a stage of training is; sent after every step.
+
+    Args:
+        stage: Its name, such as ``"search"``.
+        epoch: The epoch under way, counted from 1.
+        epochs: Epochs in all.
+        step: Steps done in this epoch.
+        steps: Steps in an epoch.
+        metrics: Averages over this epoch so far, such as loss and accuracy.
+    """
+
+    stage: str
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and top-1 accuracy (0 to 1) over `images` images."""
+
+    loss: float
+    top1: float
+    images: int
+
+
+class Stateful(Protocol):
+    """Something that a checkpoint holds: modules, optimizers, schedulers."""
+
+    def state_dict(self) -> dict[str, object]:
+        """Its state in tensors and plain containers."""
+
+    def load_state_dict(self, state: dict[str, object]) -> object:
+        """Take over such a state."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is not finite, or the data do not fit the model."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    loss_fn: LossFunction = functional.cross_entropy,
+    autocast: torch.dtype | None = None,
+) -> Evaluation:
+    """Loss and accuracy of a classifier, in eval mode; the training mode is restored.
+
+    Args:
+        model: Maps a batch of inputs to logits ``[B, classes]``.
+        batches: Pairs of inputs and labels int64 ``[B]``.
+        loss_fn: The mean loss over a batch of logits and labels.
+        autocast: Run the model under autocast to this dtype.
+
+    Raises:
+        ValueError: There is no batch.
+        TrainingError: A label is outside the model's classes.
+    """
+    device = next(model.parameters()).device
+    mode = model.training
+    model.eval()
+    loss = correct = torch.zeros((), dtype=torch.float64, device=device)
+    images = 0
+    try:
+        for inputs, labels in batches:
+            inputs, labels = inputs.to(device), labels.to(device)
+            with autocast_to(device, autocast):
+                logits = model(inputs).float()
+            check_labels(labels, logits)
+            loss = loss + loss_fn(logits, labels).double() * len(labels)
+            correct = correct + (logits.argmax(1) == labels).sum()
+            images += len(labels)
+    finally:
+        model.train(mode)
+    if images == 0:
+        raise ValueError("batches is empty: there is nothing to evaluate")
+    return Evaluation(loss.item() / images, correct.item() / images, images)
+
+
+class Stage:
+    """Epochs of training steps, with metrics, progress, checkpoints and an orderly stop.
+
+    Ctrl-C and SIGTERM end the step under way, save a checkpoint (with a `folder`) and raise
+    `KeyboardInterrupt`; a second Ctrl-C stops at once. With a checkpoint of this stage in the folder, `run`
+    continues exactly where it was saved: after that very batch, with the same random numbers.
+
+    Args:
+        name: Of the stage; checkpoints and metrics carry it.
+        epochs: How many.
+        parts: Everything that changes in a step, by name.
+        folder: Where metrics and checkpoints go; None: nowhere.
+        progress: Called after every step.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        epochs: int,
+        parts: dict[str, Stateful],
+        *,
+        folder: RunFolder | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self._name, self._epochs, self._parts = name, epochs, parts
+        self._folder, self._progress = folder, progress
+        self._epoch = self._step = 0
+        self._averages = _Averages()
+        self._seconds = 0.0
+
+    def run(
+        self,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        step: Callable[[Tensor, Tensor], dict[str, float]],
+        end_epoch: Callable[[int], dict[str, object]] | None = None,
+    ) -> list[dict[str, object]]:
+        """Run what is left of the stage.
+
+        Args:
+            loader: Pairs of inputs and labels; anything with a length. `asga.data.Batches` resumes inside an
+                epoch at no cost; other loaders are run through up to the batch, and give the same batches
+                only if they draw them from torch's global generator or not at all.
+            step: Trains on one batch and returns numbers to average over the epoch.
+            end_epoch: Returns what else to log; called with the epoch, counted from 1.
+
+        Returns:
+            What was logged of each epoch of this call.
+
+        Raises:
+            KeyboardInterrupt: A signal ended it; the checkpoint has been saved.
+            ValueError: The loader is empty or has no length.
+        """
+        if not isinstance(loader, Sized):
+            raise ValueError(
+                f"loader is a {type(loader).__name__} without a length; a DataLoader or list is needed"
+            )
+        steps = len(loader)
+        if steps == 0:
+            raise ValueError("loader is empty: there is no batch to train on")
+        self._resume()
+        history = []
+        with _StopSignal() as stop:
+            while self._epoch < self._epochs:
+                history.append(self._run_epoch(loader, steps, step, end_epoch, stop))
+        return history
+
+    def _run_epoch(self, loader, steps: int, step, end_epoch, stop: "_StopSignal") -> dict[str, object]:
+        started = time.perf_counter() - self._seconds
+        for inputs, labels in batches_from(loader, self._epoch, self._step):
+            self._averages.add(step(inputs, labels))
+            self._step += 1
+            self._seconds = time.perf_counter() - started
+            if self._progress is not None:
+                means = self._averages.means()
+                self._progress(Progress(self._name, self._epoch + 1, self._epochs, self._step, steps, means))
+            if stop.requested:
+                self._save()
+                raise KeyboardInterrupt
+        record = {
+            "stage": self._name,
+            "epoch": self._epoch + 1,
+            "epochs": self._epochs,
+            **self._averages.means(),
+            **(end_epoch(self._epoch + 1) if end_epoch is not None else {}),
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        if self._folder is not None:
+            self._folder.log(event="epoch", **record)
+        self._epoch, self._step, self._seconds = self._epoch + 1, 0, 0.0
+        self._averages = _Averages()
+        self._save()
+        return record
+
+    def _save(self) -> None:
+        if self._folder is None:
+            return
+        state = {
+            "stage": self._name,
+            "epoch": self._epoch,
+            "step": self._step,
+            "seconds": self._seconds,
+            "averages": self._averages.sums,
+            "count": self._averages.count,
+            "random": _random_state(),
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+        }
+        self._folder.save_checkpoint(state)
+
+    def _resume(self) -> None:
+        state = None if self._folder is None else self._folder.load_checkpoint()
+        if state is None or state["stage"] != self._name:
+            return
+        for name, part in self._parts.items():
+            part.load_state_dict(state["parts"][name])
+        self._epoch, self._step, self._seconds = state["epoch"], state["step"], state["seconds"]
+        self._averages = _Averages(state["averages"], state["count"])
+        _set_random_state(state["random"])
+
+
+def batches_from(
+    loader: Iterable[tuple[Tensor, Tensor]], epoch: int, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate over epoch `epoch` of a loader from batch `start` on."""
+    for owner in (loader, getattr(loader, "sampler", None)):
+        if hasattr(owner, "set_epoch"):
+            owner.set_epoch(epoch)
+    if hasattr(loader, "iterate"):
+        return loader.iterate(start)
+    return itertools.islice(iter(loader), start, None)
+
+
+def cosine_with_warmup(optimizer: Optimizer, steps: int, warmup: int) -> LambdaLR:
+    """The learning rate as a half cosine down to zero, after a linear warm-up of `warmup` steps.
+
+    Source:
+        Loshchilov and Hutter, "SGDR", ICLR 2017, eq. 5 without restarts.
+    """
+    warmup = min(warmup, steps // 2)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return LambdaLR(optimizer, factor)
+
+
+class LossWatch:
+    """Counts steps whose loss is not finite and gives up when they do not end."""
+
+    def __init__(self) -> None:
+        self._bad = 0
+
+    def check(self, loss: float) -> None:
+        """Take note of the loss of a step.
+
+        Raises:
+            TrainingError: The loss was not finite for several steps in a row.
+        """
+        self._bad = 0 if math.isfinite(loss) else self._bad + 1
+        if self._bad >= _MAX_BAD_STEPS:
+            raise TrainingError(
+                f"the loss is {loss} for {self._bad} steps in a row. The learning rate may be too high, or the data "
+                f"hold NaN; a checkpoint of the last finished epoch, if there is one, is kept"
+            )
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Refuse labels outside the model's classes; on a GPU they would end the process.
+
+    Raises:
+        TrainingError: A label is negative or too large, or the logits are not ``[B, classes]``.
+    """
+    if logits.dim() != 2 or len(logits) != len(labels):
+        raise TrainingError(
+            f"the model gives an output of shape {tuple(logits.shape)} for {len(labels)} labels; "
+            f"logits of shape [batch, classes] are needed"
+        )
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= logits.shape[1]:
+        wrong = low if low < 0 else high
+        raise TrainingError(f"the data hold the label {wrong}, but the model has {logits.shape[1]} classes")
+
+
+def autocast_to(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Autocast on a device, or nothing for None."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """The entries that JSON can hold: NaN and infinities left out."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+class _Averages:
+    def __init__(self, sums: dict[str, float] | None = None, count: int = 0) -> None:
+        self.sums = dict(sums or {})
+        self.count = count
+
+    def add(self, values: dict[str, float]) -> None:
+        self.count += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.count for name, total in self.sums.items()}
+
+
+class _StopSignal:
+    """Turns the first SIGINT or SIGTERM into a flag; the second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous = {}
+
+    def __enter__(self) -> "_StopSignal":
+        # Only the main thread may set handlers; elsewhere, whoever owns the process decides.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, self._previous[number])
+
+
+def _random_state() -> dict[str, object]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, object]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

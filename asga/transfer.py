@@ -1,0 +1,188 @@
+"""The transfer: fine-tuning a model of fixed bit-widths on the target. Nothing is searched here."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import update_bn
+
+from asga.nn import calibrate, parameter_groups
+from asga.optim import ASGA
+from asga.runs import RunFolder
+from asga.training import (
+    Evaluation,
+    LossFunction,
+    LossWatch,
+    Progress,
+    Stage,
+    autocast_to,
+    batches_from,
+    check_labels,
+    cosine_with_warmup,
+    evaluate,
+    finite,
+)
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """The outcome of a transfer.
+
+    Args:
+        evaluation: On the validation batches, after training; None without any.
+        history: What was logged of every epoch.
+    """
+
+    evaluation: Evaluation | None
+    history: list[dict[str, object]]
+
+
+class TransferTrainer:
+    """Fine-tunes a quantized model on the target dataset, with the ASGA step.
+
+    Scales of activations are calibrated on a few batches, weights and scales trained, and the running statistics of
+    batch normalization measured anew at the end. A float model is trained just the same, there being nothing to
+    calibrate::
+
+        model = asga.quantize(float_model, policy)
+        result = asga.TransferTrainer(model, epochs=3).fit(train_loader, val_loader)
+
+    Args:
+        model: From `asga.quantize`; trained in place.
+        epochs: Passes over the training batches.
+        method: ``"asga"``, or ``"sgd"``: one pass a step.
+        lr: Of weights and scales, for SGD with Nesterov momentum, warmed up and then following a cosine. 0.02 suits
+            fine-tuning from a float model, 0.1 training from scratch.
+        momentum: Of that SGD.
+        weight_decay: Of the weights; never of scales, norms or biases.
+        warmup: Steps over which `lr` rises.
+        optimizer_options: Further options of `asga.optim.ASGA`.
+        calibration_batches: Batches that set the scales of the activations.
+        batchnorm_batches: Batches that measure the running statistics at the end; 0 leaves those of training.
+        validate_every: Epochs between evaluations; the last epoch is always evaluated.
+        loss_fn: The mean loss over a batch of model outputs and labels.
+        autocast: Run the model under autocast to this dtype.
+        folder: Where metrics and checkpoints go; with a checkpoint in it, `fit` resumes.
+        progress: Called after every step.
+        stage: The name of this training in metrics and checkpoints.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        epochs: int,
+        method: str = "asga",
+        lr: float = 0.02,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        warmup: int = 20,
+        optimizer_options: Mapping[str, object] | None = None,
+        calibration_batches: int = 4,
+        batchnorm_batches: int = 50,
+        validate_every: int = 1,
+        loss_fn: LossFunction = functional.cross_entropy,
+        autocast: torch.dtype | None = None,
+        folder: RunFolder | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        stage: str = "transfer",
+    ) -> None:
+        if method not in ("asga", "sgd"):
+            raise ValueError(f"method is {method!r}; it must be 'asga' or 'sgd'")
+        named = {
+            "epochs": epochs,
+            "calibration_batches": calibration_batches,
+            "validate_every": validate_every,
+        }
+        for name, value in named.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.model, self.epochs, self.method = model, epochs, method
+        self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
+        self.optimizer_options = dict(optimizer_options or {})
+        self.calibration_batches, self.batchnorm_batches = calibration_batches, batchnorm_batches
+        self.validate_every = validate_every
+        self.loss_fn, self.autocast = loss_fn, autocast
+        self.folder, self.progress, self.stage = folder, progress, stage
+
+    def fit(
+        self,
+        train: Iterable[tuple[Tensor, Tensor]],
+        val: Iterable[tuple[Tensor, Tensor]] | None = None,
+    ) -> TransferResult:
+        """Train.
+
+        Args:
+            train: Pairs of inputs and labels int64 ``[B]``, with a length.
+            val: The same, for evaluation.
+
+        Raises:
+            TrainingError: The loss is not finite, or the labels do not fit the model.
+            ValueError: A loader is empty.
+            KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the training.
+        """
+        if len(train) == 0:
+            raise ValueError("train is empty: there is no batch to train on")
+        device = next(self.model.parameters()).device
+        calibrate(self.model, itertools.islice(batches_from(train, 0), self.calibration_batches))
+        self.model.train()
+        groups = parameter_groups(self.model, weight_decay=self.weight_decay, lr=self.lr)
+        sgd = {"momentum": self.momentum, "nesterov": self.momentum > 0}
+        if self.method == "asga":
+            optimizer = ASGA(groups, torch.optim.SGD, model=self.model, **sgd, **self.optimizer_options)
+        else:
+            optimizer = torch.optim.SGD(groups, **sgd, **self.optimizer_options)
+        scheduler = cosine_with_warmup(optimizer, self.epochs * len(train), self.warmup)
+        watch = LossWatch()
+
+        def step(inputs: Tensor, labels: Tensor) -> dict[str, float]:
+            inputs, labels = inputs.to(device), labels.to(device)
+            seen: dict[str, Tensor] = {}
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                with autocast_to(device, self.autocast):
+                    outputs = self.model(inputs).float()
+                if not seen:
+                    check_labels(labels, outputs)
+                loss = self.loss_fn(outputs, labels)
+                seen.setdefault("outputs", outputs.detach())
+                loss.backward()
+                return loss
+
+            loss = optimizer.step(closure).item()
+            watch.check(loss)
+            scheduler.step()
+            accuracy = (seen["outputs"].argmax(1) == labels).float().mean().item()
+            return {"loss": loss, "accuracy": accuracy}
+
+        def end_epoch(epoch: int) -> dict[str, object]:
+            record: dict[str, object] = {"lr": optimizer.param_groups[0]["lr"]}
+            if isinstance(optimizer, ASGA):
+                record |= finite(optimizer.diagnostics())
+            if epoch == self.epochs and self.batchnorm_batches > 0:
+                self._measure_batchnorm(train, device)
+            if val is not None and (epoch == self.epochs or epoch % self.validate_every == 0):
+                found = evaluate(self.model, val, loss_fn=self.loss_fn, autocast=self.autocast)
+                record |= {"val_loss": found.loss, "val_top1": found.top1}
+            return record
+
+        parts = {"model": self.model, "optimizer": optimizer, "scheduler": scheduler}
+        stage = Stage(self.stage, self.epochs, parts, folder=self.folder, progress=self.progress)
+        history = stage.run(train, step, end_epoch)
+        evaluation = None
+        if val is not None:
+            evaluation = evaluate(self.model, val, loss_fn=self.loss_fn, autocast=self.autocast)
+        return TransferResult(evaluation, history)
+
+    def _measure_batchnorm(self, train: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> None:
+        """Running statistics of the final weights: those of training lag behind by a momentum of 0.1 a step."""
+        batches = itertools.islice(batches_from(train, self.epochs), self.batchnorm_batches)
+        with autocast_to(device, self.autocast):
+            update_bn(batches, self.model, device)

@@ -1,0 +1,305 @@
+"""Mixture of K quantizers: ``y = sum_k p_k s_k clamp(round(x / s_k), min_k, max_k)``.
+
+One sweep forward, one sweep backward, whatever K is. With v_k = x * (1 / s_k) and q_k the same clamped and
+rounded: dx = g sum_k p_k [inside_k], ds_k = p_k sum g (q_k - v_k [inside_k]), dp_k = sum g q_k s_k. One
+reciprocal per scale instead of one division per value and candidate keeps the sweep bound by memory.
+`asga.ops.reference` defines the arithmetic.
+
+Source: Cai and Vasconcelos, "Rethinking Differentiable Search for Mixed-Precision Neural Networks" (EdMIPS),
+CVPR 2020, eq. 10; the gradients of each candidate are LSQ's (Esser et al., ICLR 2020, eq. 2-3).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from asga.kernels.layout import (
+    NUM_WARPS,
+    dense_like,
+    finish_blocks,
+    fold,
+    layout_of,
+    partial_sums,
+    sum_partials,
+    tile_base,
+    tile_offsets,
+)
+from asga.kernels.quant_math import clamp, divide, round_half_even, widen
+
+
+def mixed_fake_quant(
+    input: Tensor,
+    scales: Tensor,
+    probs: Tensor,
+    quant_mins: list[int],
+    quant_maxs: list[int],
+    axis: int | None,
+) -> Tensor:
+    """Sum of K quantized copies of `input`, weighted by `probs`, without making the copies.
+
+    The ranges are compiled in: a model has few different lists of candidates, and reading them costs nothing.
+
+    Args:
+        input: Any shape and strides; float32, bfloat16, float16 or float64.
+        scales: ``[K]``, or ``[K, C]`` with ``C = input.shape[axis]``; any floating dtype.
+        probs: ``[K]``, the weights of the candidates.
+        quant_mins: K integers, the smallest of each grid.
+        quant_maxs: K integers, the largest of each grid.
+        axis: Dimension of the channels, counted from the front, or None for one scale per candidate.
+
+    Returns:
+        A tensor with the shape, dtype and strides of ``torch.empty_like(input)``.
+    """
+    output = torch.empty_like(input)
+    if input.numel() == 0:
+        return output
+    input, scales, probs = dense_like(input, output), scales.contiguous(), probs.contiguous()
+    layout = layout_of(input, axis)
+    with torch.cuda.device_of(input):
+        _mixed_fake_quant_kernel[(layout.channel_blocks * layout.tiles,)](
+            input,
+            scales,
+            probs,
+            output,
+            layout.channels,
+            layout.length,
+            *layout.strides,
+            QUANT_MINS=tuple(quant_mins),
+            QUANT_MAXS=tuple(quant_maxs),
+            K=len(quant_mins),
+            BLOCK_C=layout.block_c,
+            BLOCK_L=layout.block_l,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+    return output
+
+
+def mixed_fake_quant_backward(
+    grad: Tensor,
+    input: Tensor,
+    scales: Tensor,
+    probs: Tensor,
+    quant_mins: list[int],
+    quant_maxs: list[int],
+    axis: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `mixed_fake_quant`: (input, scales, probs).
+
+    Deterministic: no atomics, and the order of all additions depends on sizes and dtype alone.
+
+    Args:
+        grad: Gradient of the output; shaped like `input`, any strides.
+        input: As in `mixed_fake_quant`, like all that follow.
+        scales: See `mixed_fake_quant`.
+        probs: See `mixed_fake_quant`.
+        quant_mins: See `mixed_fake_quant`.
+        quant_maxs: See `mixed_fake_quant`.
+        axis: See `mixed_fake_quant`.
+
+    Returns:
+        The gradient of `input` with the strides of ``torch.empty_like(input)``, the others contiguous; each
+        with the shape and dtype of what it belongs to.
+    """
+    grad_input = torch.empty_like(input)
+    scales, probs = scales.contiguous(), probs.contiguous()
+    grad_scales, grad_probs = torch.empty_like(scales), torch.empty_like(probs)
+    if input.numel() == 0:
+        return grad_input, grad_scales.zero_(), grad_probs.zero_()
+    grad, input = dense_like(grad, grad_input), dense_like(input, grad_input)
+    layout = layout_of(input, axis)
+    splits, candidates = layout.splits, len(quant_mins)
+    programs = layout.channel_blocks * splits
+    scale_partials = partial_sums(input, candidates, splits, layout.channels)
+    prob_partials = partial_sums(input, candidates, programs)
+    with torch.cuda.device_of(input):
+        _mixed_fake_quant_backward_kernel[(programs,)](
+            grad,
+            input,
+            scales,
+            probs,
+            grad_input,
+            scale_partials,
+            prob_partials,
+            layout.tiles,
+            splits,
+            layout.channels,
+            layout.length,
+            *layout.strides,
+            QUANT_MINS=tuple(quant_mins),
+            QUANT_MAXS=tuple(quant_maxs),
+            K=candidates,
+            BLOCK_C=layout.block_c,
+            BLOCK_L=layout.block_l,
+            FOLD=layout.fold,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+        block_splits, block_c = finish_blocks(layout.channels)
+        _mixed_fake_quant_finish_kernel[(triton.cdiv(layout.channels, block_c), candidates)](
+            probs,
+            scale_partials,
+            prob_partials,
+            grad_scales,
+            grad_probs,
+            splits,
+            programs,
+            layout.channels,
+            BLOCK_SPLITS=block_splits,
+            BLOCK_C=block_c,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+    return grad_input, grad_scales, grad_probs
+
+
+@triton.jit
+def _mixed_fake_quant_kernel(
+    input_ptr,  # x[loops][channels][length]
+    scales_ptr,  # [K][channels]
+    probs_ptr,  # [K]
+    output_ptr,  # like input
+    channels,
+    length,
+    loop_stride,
+    channel_stride,
+    length_stride,
+    QUANT_MINS: tl.constexpr,
+    QUANT_MAXS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    first_channel = tl.program_id(0) % channel_blocks * BLOCK_C
+    tile = tl.program_id(0) // channel_blocks
+    base, left = tile_base(tile, first_channel, length, loop_stride, channel_stride, length_stride, BLOCK_L)
+    offsets = tile_offsets(channel_stride, length_stride, BLOCK_C, BLOCK_L)
+    channel = first_channel + tl.arange(0, BLOCK_C)
+    mask = (channel < channels)[:, None] & (tl.arange(0, BLOCK_L)[None, :] < left)
+
+    x = widen(tl.load(input_ptr + base + offsets, mask, other=0.0))
+    y = _term(x, scales_ptr, probs_ptr, channel, channels, QUANT_MINS, QUANT_MAXS, 0)
+    for k in tl.static_range(1, K):
+        y += _term(x, scales_ptr, probs_ptr, channel, channels, QUANT_MINS, QUANT_MAXS, k)
+    tl.store(output_ptr + base + offsets, y, mask)
+
+
+@triton.jit(do_not_specialize=["tiles", "splits"])
+def _mixed_fake_quant_backward_kernel(
+    grad_ptr,  # like input
+    input_ptr,  # x[loops][channels][length]
+    scales_ptr,  # [K][channels]
+    probs_ptr,  # [K]
+    grad_input_ptr,  # like input
+    scale_partials_ptr,  # [K][splits][channels]
+    prob_partials_ptr,  # [K][programs]
+    tiles,
+    splits,
+    channels,
+    length,
+    loop_stride,
+    channel_stride,
+    length_stride,
+    QUANT_MINS: tl.constexpr,
+    QUANT_MAXS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    compute = scale_partials_ptr.dtype.element_ty
+    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    first_channel = tl.program_id(0) % channel_blocks * BLOCK_C
+    split = tl.program_id(0) // channel_blocks
+    offsets = tile_offsets(channel_stride, length_stride, BLOCK_C, BLOCK_L)
+    channel = first_channel + tl.arange(0, BLOCK_C)
+
+    # Tuples with one entry per candidate: registers, once the loops over K are unrolled.
+    inverses, probs, scale_sums, prob_sums = (), (), (), ()
+    for k in tl.static_range(K):
+        scale, inverse = _scale_and_inverse(scales_ptr, k, channel, channels, compute)
+        inverses += (inverse,)
+        probs += (tl.load(probs_ptr + k).to(compute),)
+        scale_sums += (tl.zeros([BLOCK_C, BLOCK_L // FOLD], compute),)
+        prob_sums += (tl.zeros([BLOCK_C, BLOCK_L // FOLD], compute),)
+
+    for tile in range(split, tiles, splits):
+        base, left = tile_base(
+            tile, first_channel, length, loop_stride, channel_stride, length_stride, BLOCK_L
+        )
+        mask = (channel < channels)[:, None] & (tl.arange(0, BLOCK_L)[None, :] < left)
+        x = tl.load(input_ptr + base + offsets, mask, other=0.0).to(compute)
+        grad = tl.load(grad_ptr + base + offsets, mask, other=0.0).to(compute)
+        passed = tl.zeros_like(x)
+        new_scale_sums, new_prob_sums = (), ()
+        for k in tl.static_range(K):
+            scaled = x * inverses[k]
+            clamped = clamp(scaled, QUANT_MINS[k], QUANT_MAXS[k])
+            inside = scaled == clamped
+            rounded = round_half_even(clamped)
+            passed += tl.where(inside, probs[k], 0.0)
+            residual = grad * (rounded - tl.where(inside, scaled, 0.0))
+            new_scale_sums += (scale_sums[k] + fold(residual, FOLD),)
+            new_prob_sums += (prob_sums[k] + fold(grad * rounded, FOLD),)
+        scale_sums, prob_sums = new_scale_sums, new_prob_sums
+        tl.store(grad_input_ptr + base + offsets, grad * passed, mask)
+
+    for k in tl.static_range(K):
+        row = (k * splits + split).to(tl.int64) * channels
+        tl.store(scale_partials_ptr + row + channel, tl.sum(scale_sums[k], axis=1), channel < channels)
+        scale, inverse = _scale_and_inverse(scales_ptr, k, channel, channels, compute)
+        products = tl.sum(prob_sums[k], axis=1)[:, None] * scale
+        tl.store(prob_partials_ptr + k * tl.num_programs(0) + tl.program_id(0), tl.sum(products))
+
+
+@triton.jit(do_not_specialize=["splits", "programs", "channels"])
+def _mixed_fake_quant_finish_kernel(
+    probs_ptr,  # [K]
+    scale_partials_ptr,  # [K][splits][channels]
+    prob_partials_ptr,  # [K][programs]
+    grad_scales_ptr,  # [K][channels]
+    grad_probs_ptr,  # [K]
+    splits,
+    programs,
+    channels,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    k = tl.program_id(1)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    partials = scale_partials_ptr + (k * splits).to(tl.int64) * channels
+    total = sum_partials(partials, channel, channels, splits, BLOCK_SPLITS)
+    total *= tl.load(probs_ptr + k).to(tl.float64)
+    tl.store(grad_scales_ptr + k * channels + channel, total, channel < channels)
+    if tl.program_id(0) == 0:
+        first = tl.arange(0, 1)
+        prob_total = sum_partials(
+            prob_partials_ptr + k * programs, first, 1, programs, BLOCK_SPLITS * BLOCK_C
+        )
+        tl.store(grad_probs_ptr + k + first, prob_total)
+
+
+@triton.jit
+def _term(
+    x,
+    scales_ptr,
+    probs_ptr,
+    channel,
+    channels,
+    QUANT_MINS: tl.constexpr,
+    QUANT_MAXS: tl.constexpr,
+    k: tl.constexpr,
+):
+    """What candidate k adds to the output."""
+    scale, inverse = _scale_and_inverse(scales_ptr, k, channel, channels, x.dtype)
+    weight = scale * tl.load(probs_ptr + k).to(x.dtype)
+    return round_half_even(clamp(x * inverse, QUANT_MINS[k], QUANT_MAXS[k])) * weight
+
+
+@triton.jit
+def _scale_and_inverse(scales_ptr, k, channel, channels, compute: tl.constexpr):
+    """Scale of candidate k for a block of channels and its reciprocal, to broadcast along the length."""
+    scale = tl.load(scales_ptr + k * channels + channel, channel < channels, other=1.0).to(compute)[:, None]
+    return scale, divide(tl.full(scale.shape, 1.0, compute), scale)

@@ -1,0 +1,81 @@
+"""The built CUDA library: its architectures, registers and symbols. Needs no GPU."""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import asga
+
+ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}  # setup.py's default list
+PTX = {"sm_120"}  # for GPUs newer than the list
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH"),
+    pytest.mark.skipif(
+        os.environ.get("ASGA_CUDA") == "skip", reason="the CUDA library was left out (ASGA_CUDA=skip)"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    found = sorted(Path(asga.__file__).parent.glob("_C_cuda*.so"))
+    if not found:
+        pytest.fail(
+            "nvcc is on PATH but asga/_C_cuda*.so is missing: build it with "
+            "`ASGA_CUDA=force pip install --no-build-isolation -e .`, or set ASGA_CUDA=skip to go without"
+        )
+    return found[0]
+
+
+def test_holds_the_default_architectures(library):
+    if "TORCH_CUDA_ARCH_LIST" in os.environ:
+        pytest.skip("TORCH_CUDA_ARCH_LIST replaces the default list")
+    assert set(re.findall(r"\.(sm_\w+)\.cubin", _cuobjdump("--list-elf", library))) == ARCHITECTURES
+    assert set(re.findall(r"\.(sm_\w+)\.ptx", _cuobjdump("--list-ptx", library))) == PTX
+
+
+def test_no_kernel_spills_registers(library):
+    report = _cuobjdump("--dump-resource-usage", library)
+    usage = re.findall(r"Function (\S+):\s*REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", report)
+    assert usage
+    assert [name for name, stack, local in usage if (stack, local) != ("0", "0")] == []
+
+
+def test_multiply_and_add_are_not_fused(library):
+    """A fused multiply-add rounds once where the definition rounds twice.
+
+    Only the compiler's own division may use it, and the mixture divides outside its loops: all its kernels
+    hold the same few, whatever they do for a value.
+    """
+    functions = _cuobjdump("-sass", "-arch", "sm_90", library).split("Function : ")[1:]
+    sweeps = [f for f in functions if re.match(r"\S*mixed_fake_quant_cu\S*(for|back)ward_kernelI(?!d)", f)]
+    assert len(sweeps) >= 6  # two directions, three dtypes
+    assert len({sweep.count("FFMA") for sweep in sweeps}) == 1
+
+
+def test_needs_only_the_stable_interface_of_torch(library):
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not on PATH")
+    symbols = subprocess.run(
+        ["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert any("torch_library_impl" in symbol for symbol in symbols)
+    assert [symbol for symbol in symbols if re.search(r"\b(at|c10|torch)::", symbol)] == []
+
+
+@functools.cache
+def _cuobjdump(*arguments: str | Path) -> str:
+    tool = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if tool is None and triton is not None:  # its wheel brings the tool
+        tool = shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    if tool is None:
+        pytest.skip("cuobjdump is neither on PATH nor in an installed triton")
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout

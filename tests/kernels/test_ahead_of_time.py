@@ -1,0 +1,157 @@
+"""Every launch of every family, compiled for GPUs that need not be there.
+
+Run as a program, this file calls the launchers on CPU tensors while each launch compiles its kernel instead
+of running it, and prints what the compiler made of it. So what is tested has the tiles, types and alignments
+of a real launch. That needs a process without TRITON_INTERPRET, and one process pays for all tests.
+"""
+
+import ast
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+ARCHITECTURES = [80, 90, 100]
+CANDIDATES = 5
+# Name, shape, axis and dtype of an input. All but the last are aligned, as those of most layers are.
+INPUTS = [
+    ("per tensor, float32", (64, 1024), None, torch.float32),
+    ("per tensor, bfloat16", (64, 1024), None, torch.bfloat16),
+    ("per channel, float32", (512, 576), 0, torch.float32),
+    ("per channel, bfloat16", (512, 576), 0, torch.bfloat16),
+    ("channels innermost, float32", (4096, 512), 1, torch.float32),
+    ("depthwise, bfloat16", (512, 9), 0, torch.bfloat16),
+]
+
+
+def _compile_all() -> list[dict]:
+    """Compile every launch for every architecture; one record per kernel."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Target:
+        """As much of a driver as compilation asks for."""
+
+        def __init__(self, architecture: int):
+            self.architecture = architecture
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", self.architecture, 32)
+
+        def get_current_device(self) -> int:
+            return self.architecture  # the key of Triton's cache of compiled kernels
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    records = {}
+    run = JITFunction.run
+
+    def compile_only(function, *args, grid, warmup, **kwargs):
+        compiled = run(function, *args, grid=grid, warmup=True, **kwargs)
+        if id(compiled) not in records:
+            label = dict(kernel=function.__name__, architecture=architecture, input=name)
+            records[id(compiled)] = label | _inspect(compiled)
+
+    JITFunction.run = compile_only
+    for architecture in ARCHITECTURES:
+        driver.set_active(Target(architecture))
+        for name, shape, axis, dtype in INPUTS:  # noqa: B007 (compile_only reads the name)
+            _launch_all(torch.zeros(shape, dtype=dtype), axis)
+    return list(records.values())
+
+
+def _launch_all(x: torch.Tensor, axis: int | None) -> None:
+    from asga.kernels import fake_quant, mixed_fake_quant
+
+    channels = () if axis is None else (x.shape[axis],)
+    scale, scales, probs = torch.ones(channels), torch.ones(CANDIDATES, *channels), torch.ones(CANDIDATES)
+    # float32 with and bfloat16 without a zero point: a representative half of the combinations
+    zero_point = torch.ones(channels) if x.dtype == torch.float32 else None
+    fixed = (scale, zero_point, -8, 7, axis)
+    fake_quant.fake_quant(x, *fixed)
+    fake_quant.fake_quant_backward(x, x, *fixed)
+    mixture = (scales, probs, [-2, -4, -8, -32, -128], [1, 3, 7, 31, 127], axis)
+    mixed_fake_quant.mixed_fake_quant(x, *mixture)
+    mixed_fake_quant.mixed_fake_quant_backward(x, x, *mixture)
+
+
+def _inspect(compiled) -> dict:
+    """Resources of the machine code, and the instructions that the tests ask about."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    resources = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    return dict(
+        resources,
+        divisions=sorted(set(re.findall(r"\bdiv\.[\w.]*f\d\d", ptx))),
+        fused_multiply_adds=len(re.findall(r"\bfma\.", ptx)),
+        vector_loads=len(re.findall(r"\bld\.global[\w.]*\.v[24]\.b32", ptx)),
+        vector_stores=len(re.findall(r"\bst\.global[\w.]*\.v[24]\.b32", ptx)),
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    pytest.importorskip("triton", reason="the Triton kernels need triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    # A cache of its own: a kernel compiled earlier would prove nothing.
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def _launched_kernels() -> set[str]:
+    """Names in ``name[grid](...)`` in the sources of asga.kernels."""
+    folder = pathlib.Path(importlib.util.find_spec("asga.kernels").origin).parent
+    calls = (
+        node.func.value.id
+        for file in folder.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and isinstance(node.func.value, ast.Name)
+    )
+    return set(calls)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
+def test_every_kernel_compiles(compiled, architecture):
+    kernels = {record["kernel"] for record in compiled if record["architecture"] == architecture}
+    assert kernels == _launched_kernels()
+    assert len(kernels) > 0
+
+
+def test_nothing_spills(compiled):
+    assert [record for record in compiled if record["stack"] or record["local"]] == []
+
+
+def test_rounding_is_the_references(compiled):
+    assert [record for record in compiled if record["fused_multiply_adds"]] == []
+    divisions = {division for record in compiled for division in record["divisions"]}
+    assert divisions == {"div.rn.f32"}
+
+
+def test_sweeps_over_aligned_tensors_use_vectors(compiled):
+    sweeps = [r for r in compiled if "depthwise" not in r["input"] and "finish" not in r["kernel"]]
+    assert len(sweeps) > 0
+    assert [r for r in sweeps if not (r["vector_loads"] and r["vector_stores"])] == []
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(_compile_all()))

@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from asga.optim import ASGA
+from asga.optim.batchnorm import restore_running_statistics, save_running_statistics
+
+
+def buffers(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def assert_same_buffers(model, expected):
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, expected[name]), name
+
+
+LAYERS = {
+    "BatchNorm1d": (nn.BatchNorm1d(4), (8, 4)),
+    "BatchNorm2d": (nn.BatchNorm2d(4), (8, 4, 3, 3)),
+    "BatchNorm3d": (nn.BatchNorm3d(4), (8, 4, 2, 2, 2)),
+    "cumulative average (momentum None)": (nn.BatchNorm2d(4, momentum=None), (8, 4, 3, 3)),
+    "InstanceNorm2d with running statistics": (nn.InstanceNorm2d(4, track_running_stats=True), (8, 4, 3, 3)),
+    "without running statistics": (nn.BatchNorm2d(4, track_running_stats=False), (8, 4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("second_input", [1.0, math.inf, math.nan], ids=["finite", "Inf", "NaN"])
+def test_statistics_of_a_second_pass_are_undone(name, second_input):
+    layer, shape = LAYERS[name]
+    generator = torch.Generator().manual_seed(0)
+    layer.reset_running_stats()
+    layer(torch.randn(shape, generator=generator))
+    expected = buffers(layer)
+    saved = save_running_statistics(layer)
+    layer(torch.randn(shape, generator=generator) * second_input)
+    restore_running_statistics(layer, saved)
+    assert_same_buffers(layer, expected)
+
+
+def test_sync_batchnorm_statistics_are_undone():
+    layer = nn.SyncBatchNorm(4)  # its forward runs on a GPU only, so the buffers are written by hand
+    expected = buffers(layer)
+    saved = save_running_statistics(layer)
+    layer.running_mean.fill_(math.inf)
+    layer.running_var.fill_(2.0)
+    layer.num_batches_tracked.add_(1)
+    restore_running_statistics(layer, saved)
+    assert_same_buffers(layer, expected)
+
+
+@pytest.mark.parametrize("protocol", ["closure", "two calls"])
+def test_buffers_after_a_step_equal_those_of_a_single_pass(make_problem, protocol):
+    problem, twin = make_problem(batchnorm=True), make_problem(batchnorm=True)
+    optimizer = ASGA(problem.params, lr=0.1, model=problem.model)
+    twin.loss()
+    if protocol == "closure":
+        optimizer.step(problem.closure(optimizer))
+    else:
+        for take in (optimizer.first_step, optimizer.second_step):
+            loss = problem.loss()
+            loss.backward()
+            take(loss)
+    assert_same_buffers(problem.model, buffers(twin.model))
+
+
+def test_infinity_in_pass_2_does_not_poison_the_buffers(make_problem):
+    problem, twin = make_problem(batchnorm=True), make_problem(batchnorm=True)
+    optimizer = ASGA(problem.params, lr=0.1, model=problem.model)
+    closure = problem.closure(optimizer)
+    twin.loss()
+
+    def second_pass_overflows():
+        loss = closure()
+        problem.x = problem.x * math.inf
+        return loss
+
+    optimizer.step(second_pass_overflows)
+    assert optimizer.diagnostics()["skipped"] == 1
+    assert_same_buffers(problem.model, buffers(twin.model))
+
+
+def test_eval_mode_layers_keep_their_statistics(make_problem):
+    problem = make_problem(batchnorm=True)
+    problem.model.eval()
+    expected = buffers(problem.model)
+    optimizer = ASGA(problem.params, lr=0.1, model=problem.model)
+    optimizer.step(problem.closure(optimizer))
+    assert_same_buffers(problem.model, expected)

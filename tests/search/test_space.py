@@ -1,0 +1,151 @@
+import json
+from dataclasses import asdict
+
+import pytest
+from torch import nn
+
+from asga.policy import LayerPolicy
+from asga.search.space import LayerChoices, SearchSpace, SpaceChoices
+
+
+def small_net() -> nn.Module:
+    blocks = {name: nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)) for name in ("a", "b")}
+    return nn.ModuleDict(
+        {"stem": nn.Conv2d(3, 4, 3), **blocks, "embed": nn.Embedding(5, 4), "head": nn.Linear(4, 2)}
+    )
+
+
+NAMES = ("stem", "a.0", "a.2", "b.0", "b.2", "head")
+SEARCHED = LayerChoices((2, 4), (3, 8))
+EIGHT = LayerChoices((8,), (8,), pinned=True)
+
+
+def space(**changes: object) -> SearchSpace:
+    return SearchSpace(**{"weight_bits": (2, 4), "act_bits": (3, 8)} | changes)
+
+
+class TestSearchSpace:
+    def test_defaults(self):
+        assert SearchSpace().weight_bits == SearchSpace().act_bits == (2, 3, 4, 6, 8)
+        assert SearchSpace().first_last == (8, 8)
+
+    def test_candidates_are_sorted(self):
+        assert SearchSpace(weight_bits=[8, 2, 4]).weight_bits == (2, 4, 8)
+
+    def test_survives_json(self):
+        original = space(pinned={"a.*": 4, "b.0": (2, 8)}, exclude=("b.2",))
+        assert SearchSpace(**json.loads(json.dumps(asdict(original)))) == original
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"weight_bits": ()}, "weight_bits has 0 candidates; between 1 and 8"),
+            ({"weight_bits": (2, 9)}, r"weight_bits\[1\] is 9; supported are 2 to 8"),
+            ({"act_bits": (1, 2)}, r"act_bits\[0\] is 1; supported are 2 to 8"),
+            ({"act_bits": (2, 3, 2)}, r"act_bits is \(2, 3, 2\); each candidate may be there only once"),
+            ({"act_bits": (2,) * 9}, "act_bits has 9 candidates; between 1 and 8"),
+            ({"first_last": 16}, "first_last is 16; supported are 2 to 8"),
+            ({"pinned": {"a.*": (4, 1)}}, r"pinned\['a\.\*'\]\[1\] is 1; supported are 2 to 8"),
+        ],
+    )
+    def test_refuses_bad_values(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            SearchSpace(**arguments)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"weight_bits": 4}, "weight_bits is 4; a sequence of integers is needed"),
+            ({"weight_bits": "248"}, "weight_bits is '248'; a sequence"),
+            ({"weight_bits": (2, 4.0)}, r"weight_bits\[1\] is 4.0; an integer"),
+            ({"first_last": (8, 8, 8)}, r"first_last is \(8, 8, 8\); an integer or a pair"),
+            ({"pinned": {"a.*": "8"}}, r"pinned\['a\.\*'\] is '8'; an integer or a pair"),
+            ({"exclude": "head"}, "exclude is 'head'; a sequence of name patterns"),
+            ({"exclude": (3,)}, r"exclude is \(3,\); a sequence of name patterns"),
+        ],
+    )
+    def test_refuses_bad_types(self, arguments, message):
+        with pytest.raises(TypeError, match=message):
+            SearchSpace(**arguments)
+
+
+class TestChoices:
+    def test_first_and_last_are_pinned_in_registration_order(self):
+        choices = space().choices(small_net())
+        assert choices.names == tuple(choices.layers) == NAMES
+        assert choices.layers["stem"] == choices.layers["head"] == EIGHT
+        assert all(choices.layers[name] == SEARCHED for name in NAMES[1:-1])
+        assert set(choices.skipped) == {"embed"}
+        assert choices.excluded == ()
+
+    def test_first_last_can_be_searched(self):
+        choices = space(first_last=None).choices(small_net())
+        assert all(layer == SEARCHED for layer in choices.layers.values())
+
+    def test_pins_win_over_first_last_and_the_last_match_counts(self):
+        choices = space(pinned={"*.2": 6, "b.2": (2, 8), "head": 4}).choices(small_net())
+        assert choices.layers["stem"] == EIGHT
+        assert choices.layers["a.2"] == LayerChoices((6,), (6,), pinned=True)
+        assert choices.layers["b.2"] == LayerChoices((2,), (8,), pinned=True)
+        assert choices.layers["head"] == LayerChoices((4,), (4,), pinned=True)
+
+    def test_excluded_layers_stay_float(self):
+        choices = space(exclude=("b.*", "head"), pinned={"b.0": 4}).choices(small_net())
+        assert choices.excluded == ("b.0", "b.2", "head")
+        assert choices.names == NAMES
+        assert set(choices.layers) == {"stem", "a.0", "a.2"}
+        assert choices.skipped["b.0"] == "excluded by the search space"
+
+    def test_pattern_without_a_match_shows_the_nearest_names(self):
+        with pytest.raises(ValueError, match=r"pinned: the pattern 'a\.1' .*; did you mean 'a\.[02]'"):
+            space(pinned={"a.1": 4}).choices(small_net())
+        with pytest.raises(ValueError, match=r"exclude: the pattern 'haed' .*; did you mean 'head'"):
+            space(exclude=("haed",)).choices(small_net())
+
+    def test_pattern_that_matches_what_cannot_be_quantized_says_why(self):
+        with pytest.raises(ValueError, match=r"'emb\*' matches no quantizable layer\n  'embed': Embedding"):
+            space(exclude=("emb*",)).choices(small_net())
+
+    def test_nothing_quantizable(self):
+        with pytest.raises(ValueError, match="no layer that can be quantized\n  'embed': Embedding"):
+            space().choices(nn.ModuleDict({"embed": nn.Embedding(3, 2), "bn": nn.BatchNorm1d(2)}))
+
+    @pytest.mark.parametrize(
+        ("model", "arguments"),
+        [
+            (nn.Linear(2, 2), {}),
+            (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), {}),
+            (small_net(), {"pinned": {"*": 4}}),
+            (small_net(), {"exclude": ("*",)}),
+        ],
+        ids=["one layer", "two layers", "all pinned", "all excluded"],
+    )
+    def test_nothing_left_to_search(self, model, arguments):
+        with pytest.raises(ValueError, match=r"no layer is left to search: .*first_last=None"):
+            space(**arguments).choices(model)
+
+    def test_model_that_is_a_layer(self):
+        assert space(first_last=None).choices(nn.Linear(2, 2)).layers == {"": SEARCHED}
+
+
+class TestPolicies:
+    @pytest.fixture
+    def choices(self) -> SpaceChoices:
+        return space(pinned={"b.0": (2, 6)}, exclude=("a.2",)).choices(small_net())
+
+    def test_uniform(self, choices):
+        policy = choices.uniform(5, 7, meta={"budget": "w5a7"})
+        assert tuple(policy) == NAMES
+        assert policy["a.0"] == policy["b.2"] == LayerPolicy(5, 7)
+        assert policy["b.0"] == LayerPolicy(2, 6)
+        assert policy["stem"] == LayerPolicy(8, 8)
+        assert policy["a.2"] == LayerPolicy(None, None)
+        assert policy.meta == {"budget": "w5a7"}
+
+    def test_from_indices(self, choices):
+        chosen = {"stem": (0, 0), "a.0": (1, 0), "b.0": (0, 0), "b.2": (0, 1), "head": (0, 0)}
+        policy = choices.policy(chosen)
+        assert tuple(policy) == NAMES
+        assert policy["a.0"] == LayerPolicy(4, 3)
+        assert policy["b.2"] == LayerPolicy(2, 8)
+        assert policy["a.2"] == LayerPolicy(None, None)
