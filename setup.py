@@ -49,6 +49,7 @@ def mode(variable: str) -> str:
 
 
 def find_cxx() -> str | None:
+    """The C++ compiler: $CXX, or the first of the usual names that is there."""
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -81,9 +82,7 @@ def cuda_architecture_flags() -> list[str]:
     for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES).replace(";", " ").split():
         number = entry.removesuffix("+PTX").replace(".", "")
         if not number.rstrip("af").isdigit():
-            raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST has {entry!r}; architectures look like 8.0, 9.0a or 12.0+PTX"
-            )
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST has {entry!r}; architectures look like 8.0, 9.0a or 12.0+PTX")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if entry.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -94,18 +93,17 @@ class BuildLibraries(build_ext):
     """Writes one ninja file for a library and runs it: parallel, and only what changed is compiled again."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build one of the libraries (called by setuptools)."""
         import torch.utils.cpp_extension as torch_extension
 
         includes = [f"-I{path}" for path in torch_extension.include_paths()]
         library_dir = Path(torch_extension.TORCH_LIB_PATH)
-        build_dir = Path(self.build_temp).resolve() / ext.name
+        # Not self.build_temp: an editable install throws that folder away, and would compile everything each time.
+        build_dir = ROOT.resolve() / "build" / ext.name
         build_dir.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        if ext.name == "asga._C":
-            rules = cpu_rules(includes, library_dir)
-        else:
-            rules = cuda_rules(includes, library_dir)
+        rules = cpu_rules(includes, library_dir) if ext.name == "asga._C" else cuda_rules(includes, library_dir)
         (build_dir / "build.ninja").write_text(ninja_file(rules, output))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         try:
@@ -136,10 +134,8 @@ def cuda_rules(includes: list[str], library_dir: Path) -> dict:
     """Objects and the link command of the CUDA library; it also builds where torch itself has no CUDA."""
     nvcc = [find_nvcc(), "-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     nvcc += ["--threads=2", *cuda_architecture_flags(), TORCH_TARGET, "-DUSE_CUDA", *includes]
-    objects = [
-        (f"{source.stem}.o", source.relative_to(ROOT), nvcc) for source in sorted(ROOT.glob("csrc/cuda/*.cu"))
-    ]
-    link = [find_nvcc(), "-shared", "-cudart=static", f"-L{library_dir}", "-ltorch_cpu"]
+    objects = [(f"{source.stem}.o", source.relative_to(ROOT), nvcc) for source in sorted(ROOT.glob("csrc/cuda/*.cu"))]
+    link = [find_nvcc(), "-shared", *cuda_architecture_flags(), "-cudart=static", f"-L{library_dir}", "-ltorch_cpu"]
     return {"objects": objects, "link": link, "needs_libtorch_cuda": True}
 
 
@@ -187,6 +183,7 @@ def ninja_file(rules: dict, output: Path) -> str:
 
 
 def ninja_escape(path: Path) -> str:
+    """A path as ninja's syntax needs it."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
@@ -206,9 +203,7 @@ extensions = []
 if chosen("ASGA_CPU", "C++ compiler", find_cxx()):
     extensions.append(Extension("asga._C", ["csrc/module.cpp"], py_limited_api=True))
 if chosen("ASGA_CUDA", "nvcc", find_nvcc()):
-    extensions.append(
-        Extension("asga._C_cuda", sorted(map(str, Path("csrc/cuda").glob("*.cu"))), py_limited_api=True)
-    )
+    extensions.append(Extension("asga._C_cuda", sorted(map(str, Path("csrc/cuda").glob("*.cu"))), py_limited_api=True))
 
 setup(
     ext_modules=extensions,

@@ -59,9 +59,7 @@ def prepare(model: nn.Module, space: "SearchSpace", *, inplace: bool = False, in
     layers = space.choices(model).layers
     pinned = {name: (c.weight_bits[0], c.act_bits[0]) for name, c in layers.items() if c.pinned}
     searched = {
-        name: (_candidates(c.weight_bits), _candidates(c.act_bits))
-        for name, c in layers.items()
-        if not c.pinned
+        name: (_candidates(c.weight_bits), _candidates(c.act_bits)) for name, c in layers.items() if not c.pinned
     }
     return _convert(model, pinned, searched, inplace, init)
 
@@ -132,8 +130,7 @@ def _convert(
     """Build all layers first and swap them last, so that an error leaves the model as it was."""
     if inplace and ("" in fixed or "" in searched):
         raise ValueError(
-            f"inplace is True, but the model is itself a {type(model).__name__}: use the return value of "
-            f"inplace=False"
+            f"inplace is True, but the model is itself a {type(model).__name__}: use the return value of inplace=False"
         )
     model = model if inplace else copy.deepcopy(model)
     replacements = {}
@@ -141,9 +138,7 @@ def _convert(
         for name, (weight_bits, act_bits) in bits.items():
             module = model.get_submodule(name)
             kind = conv if isinstance(module, nn.Conv2d) else linear
-            replacements[module] = kind.from_float(
-                module, weight_bits=weight_bits, act_bits=act_bits, init=init
-            )
+            replacements[module] = kind.from_float(module, weight_bits=weight_bits, act_bits=act_bits, init=init)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:

@@ -97,14 +97,10 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
         arguments["in_channels"] = in_channels
     missing = [argument for argument in arguments if not takes_any and argument not in parameters]
     if missing:
-        raise TypeError(
-            f"model {name!r} takes no argument {', '.join(missing)}; it takes {', '.join(parameters)}"
-        )
+        raise TypeError(f"model {name!r} takes no argument {', '.join(missing)}; it takes {', '.join(parameters)}")
     model = factory(**arguments)
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model {name!r} returned {type(model).__name__}; a factory must return a torch.nn.Module"
-        )
+        raise TypeError(f"model {name!r} returned {type(model).__name__}; a factory must return a torch.nn.Module")
     return model
 
 
@@ -201,9 +197,7 @@ class _MobileNetV2(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int, small_images: bool) -> None:
         super().__init__()
-        features: list[nn.Module] = [
-            _conv_bn_relu6(in_channels, 32, kernel=3, stride=1 if small_images else 2)
-        ]
+        features: list[nn.Module] = [_conv_bn_relu6(in_channels, 32, kernel=3, stride=1 if small_images else 2)]
         width = 32
         for stage, (expansion, channels, blocks, stride) in enumerate(self._STAGES):
             if small_images and stage == 1:

@@ -83,21 +83,33 @@ class RunFolder:
             os.truncate(metrics, size)
         return state
 
-    def remove_checkpoint(self) -> None:
-        """Remove the checkpoint: the run is complete."""
-        self._checkpoint.unlink(missing_ok=True)
+    def finished(self, stage: str) -> dict[str, object] | None:
+        """What `finish` recorded of a stage, or None if it has not been finished."""
+        return self._stages().get(stage)
+
+    def finish(self, stage: str, record: dict[str, object]) -> None:
+        """Record that a stage is complete, so that resuming passes over it; its checkpoint goes.
+
+        Args:
+            stage: Its name.
+            record: What it found: plain JSON values.
+        """
+        write_json(self.path / "stages.json", {**self._stages(), stage: record})
+        self.save_checkpoint({"stage": None})
 
     @property
     def _checkpoint(self) -> Path:
         return self.path / "checkpoint.pt"
 
+    def _stages(self) -> dict[str, dict[str, object]]:
+        path = self.path / "stages.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
     def _metrics_size(self) -> int:
         metrics = self.path / "metrics.jsonl"
         return metrics.stat().st_size if metrics.exists() else 0
 
-    def _check_existing(
-        self, config_path: Path, command: str, options: dict[str, object], resume: bool
-    ) -> None:
+    def _check_existing(self, config_path: Path, command: str, options: dict[str, object], resume: bool) -> None:
         try:
             config = json.loads(config_path.read_text(encoding="utf-8"))
             found = {"command": config["command"], **config["options"]}
@@ -111,7 +123,5 @@ class RunFolder:
         wanted = json.loads(json.dumps({"command": command, **options}))
         changed = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if changed:
-            differences = ", ".join(
-                f"{key}: {found.get(key)!r} then, {wanted.get(key)!r} now" for key in changed
-            )
+            differences = ", ".join(f"{key}: {found.get(key)!r} then, {wanted.get(key)!r} now" for key in changed)
             raise RunExistsError(f"{self.path} holds a run with other options ({differences})")

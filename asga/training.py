@@ -163,9 +163,7 @@ class Stage:
             ValueError: The loader is empty or has no length.
         """
         if not isinstance(loader, Sized):
-            raise ValueError(
-                f"loader is a {type(loader).__name__} without a length; a DataLoader or list is needed"
-            )
+            raise ValueError(f"loader is a {type(loader).__name__} without a length; a DataLoader or list is needed")
         steps = len(loader)
         if steps == 0:
             raise ValueError("loader is empty: there is no batch to train on")

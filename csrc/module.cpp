@@ -1,8 +1,8 @@
 // `import asga._C` registers the CPU kernels: loading the library runs its STABLE_TORCH_LIBRARY_IMPL blocks.
 #include <Python.h>
 
-extern "C" PyObject* PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of asga", -1, nullptr,
-                                   nullptr,               nullptr, nullptr,            nullptr};
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", "CPU kernels of asga", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

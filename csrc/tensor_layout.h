@@ -65,8 +65,7 @@ inline Tensor to_layout_of(const Tensor& like, const Tensor& tensor) {
 inline ChannelLayout channel_layout(const Tensor& dense, std::optional<int64_t> axis) {
   const int64_t numel = dense.numel();
   if (!axis.has_value()) return {1, 1, numel};
-  STD_TORCH_CHECK(*axis >= 0 && *axis < dense.dim(), "axis is ", *axis, ", but input has ", dense.dim(),
-                  " dimensions");
+  STD_TORCH_CHECK(*axis >= 0 && *axis < dense.dim(), "axis is ", *axis, ", but input has ", dense.dim(), " dimensions");
   const int64_t channels = dense.size(*axis);
   if (channels <= 1 || numel == 0) return {1, channels, channels == 0 ? 0 : numel};
   const int64_t inner = dense.stride(*axis);
@@ -84,9 +83,8 @@ inline ScalarType compute_type(const Tensor& input) {
 }
 
 inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& input) {
-  STD_TORCH_CHECK(
-      tensor.is_cuda() == input.is_cuda() && tensor.get_device_index() == input.get_device_index(), name,
-      " is not on the device of input");
+  STD_TORCH_CHECK(tensor.is_cuda() == input.is_cuda() && tensor.get_device_index() == input.get_device_index(), name,
+                  " is not on the device of input");
 }
 
 inline void check_same_shape(const char* name, const Tensor& tensor, const Tensor& input) {
@@ -99,8 +97,7 @@ inline void check_same_shape(const char* name, const Tensor& tensor, const Tenso
 inline Tensor to_parameter(const char* name, const Tensor& tensor, const Tensor& input, int64_t numel,
                            ScalarType type) {
   check_same_device(name, tensor, input);
-  STD_TORCH_CHECK(tensor.numel() == numel, name, " has ", tensor.numel(), " elements, but ", numel,
-                  " are needed");
+  STD_TORCH_CHECK(tensor.numel() == numel, name, " has ", tensor.numel(), " elements, but ", numel, " are needed");
   if (tensor.is_contiguous() && tensor.scalar_type() == type) return tensor;
   Tensor copy = torch::stable::new_empty(tensor, tensor.sizes(), type);
   torch::stable::copy_(copy, tensor);

@@ -214,9 +214,7 @@ def _fake_quant_backward_kernel(
     scale_sum = tl.zeros([BLOCK_C, BLOCK_L // FOLD], compute)
     zero_point_sum = tl.zeros([BLOCK_C, BLOCK_L // FOLD], compute)
     for tile in range(split, tiles, splits):
-        base, left = tile_base(
-            tile, first_channel, length, loop_stride, channel_stride, length_stride, BLOCK_L
-        )
+        base, left = tile_base(tile, first_channel, length, loop_stride, channel_stride, length_stride, BLOCK_L)
         mask = (channel < channels)[:, None] & (tl.arange(0, BLOCK_L)[None, :] < left)
         x = tl.load(input_ptr + base + offsets, mask, other=0.0).to(compute)
         grad = tl.load(grad_ptr + base + offsets, mask, other=0.0).to(compute)

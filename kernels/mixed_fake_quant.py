@@ -226,9 +226,7 @@ def _mixed_fake_quant_backward_kernel(
         prob_sums += (tl.zeros([BLOCK_C, BLOCK_L // FOLD], compute),)
 
     for tile in range(split, tiles, splits):
-        base, left = tile_base(
-            tile, first_channel, length, loop_stride, channel_stride, length_stride, BLOCK_L
-        )
+        base, left = tile_base(tile, first_channel, length, loop_stride, channel_stride, length_stride, BLOCK_L)
         mask = (channel < channels)[:, None] & (tl.arange(0, BLOCK_L)[None, :] < left)
         x = tl.load(input_ptr + base + offsets, mask, other=0.0).to(compute)
         grad = tl.load(grad_ptr + base + offsets, mask, other=0.0).to(compute)
@@ -275,9 +273,7 @@ def _mixed_fake_quant_finish_kernel(
     tl.store(grad_scales_ptr + k * channels + channel, total, channel < channels)
     if tl.program_id(0) == 0:
         first = tl.arange(0, 1)
-        prob_total = sum_partials(
-            prob_partials_ptr + k * programs, first, 1, programs, BLOCK_SPLITS * BLOCK_C
-        )
+        prob_total = sum_partials(prob_partials_ptr + k * programs, first, 1, programs, BLOCK_SPLITS * BLOCK_C)
         tl.store(grad_probs_ptr + k + first, prob_total)
 
 

@@ -16,9 +16,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.block = nn.Sequential(
-            nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(4), nn.ReLU()
-        )
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(4), nn.ReLU())
         self.again = self.block[0]
         self.mix = nn.Conv1d(4, 4, 1)
         self.first = nn.Linear(4, 4)
@@ -217,9 +215,7 @@ class TestPrepare:
 def test_a_converted_model_is_refused(model, convert):
     converted = convert(model)
     for again in (lambda: quantize(converted, policy()), lambda: prepare(converted, SearchSpace())):
-        with pytest.raises(
-            ValueError, match="converted already \\(layer 'stem'\\): start from the float model"
-        ):
+        with pytest.raises(ValueError, match="converted already \\(layer 'stem'\\): start from the float model"):
             again()
 
 

@@ -99,9 +99,7 @@ class TestNames:
         assert state["features.18.0.weight"].shape == (1280, 320, 1, 1)
 
     def test_resnet20_layers(self):
-        layers = [
-            name for name, module in resnet20().named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))
-        ]
+        layers = [name for name, module in resnet20().named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         expected = ["conv1"]
         for stage in range(1, 4):
             for block in range(3):
@@ -119,10 +117,7 @@ class TestNames:
 
 
 def bn(prefix):
-    return [
-        f"{prefix}.{name}"
-        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    ]
+    return [f"{prefix}.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
 
 
 class TestForward:
@@ -148,9 +143,7 @@ class TestForward:
     def test_small_images_reduce_the_stride_to_8(self, model, last, small_images, side):
         network = model(small_images=small_images).eval()
         shapes = []
-        network.get_submodule(last).register_forward_hook(
-            lambda module, inputs, output: shapes.append(output.shape)
-        )
+        network.get_submodule(last).register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
         network(torch.zeros(1, 3, 32, 32))
         assert shapes[0][2:] == (side, side)
 
@@ -159,9 +152,7 @@ class TestForward:
         torch.manual_seed(0)
         model = build_model(name, num_classes=5)
         model(torch.randn(2, 3, 32, 32)).square().sum().backward()
-        assert [
-            name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
-        ] == []
+        assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
     def test_convolutions_start_as_in_the_paper(self):
         torch.manual_seed(0)
@@ -229,9 +220,7 @@ class TestBuildModel:
             build_model(name, num_classes=4)
 
     def test_unknown_option(self):
-        with pytest.raises(
-            TypeError, match="'resnet20' takes no argument small_images; it takes num_classes"
-        ):
+        with pytest.raises(TypeError, match="'resnet20' takes no argument small_images; it takes num_classes"):
             build_model("resnet20", num_classes=4, small_images=True)
 
     @pytest.mark.parametrize("argument", ["num_classes", "in_channels"])

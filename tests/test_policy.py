@@ -52,9 +52,7 @@ class TestMapping:
     def test_unknown_name_shows_the_nearest(self, policy):
         with pytest.raises(KeyError) as error:
             policy["layer1.0.conv3"]
-        assert str(error.value).startswith(
-            "no layer 'layer1.0.conv3' in the policy; did you mean 'layer1.0.conv"
-        )
+        assert str(error.value).startswith("no layer 'layer1.0.conv3' in the policy; did you mean 'layer1.0.conv")
         assert policy.get("layer1.0.conv3") is None
 
     def test_cannot_be_changed(self, policy):

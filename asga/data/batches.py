@@ -1,5 +1,6 @@
 """Batches of a dataset, in an order that depends on nothing but the seed and the epoch."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -68,9 +69,7 @@ class Batches:
             std = [value if value > 0 else 1.0 for value in std]
         channels = dataset.image_shape[0]
         if len(mean) != channels or len(std) != channels:
-            raise ValueError(
-                f"mean has {len(mean)} and std {len(std)} values; images have {channels} channels"
-            )
+            raise ValueError(f"mean has {len(mean)} and std {len(std)} values; images have {channels} channels")
         if not all(value > 0 for value in std):
             raise ValueError(f"std is {tuple(std)}; every value must be positive")
         self.dataset = dataset
@@ -96,6 +95,14 @@ class Batches:
             raise ValueError(f"epoch is {epoch}; it must not be negative")
         self._epoch = epoch
 
+    def with_seed(self, seed: int) -> "Batches":
+        """The same images in another order, with another augmentation."""
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; it must not be negative")
+        other = copy.copy(self)
+        other._seed = seed
+        return other
+
     def iterate(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the batches of the epoch from batch `start` on, as an uninterrupted epoch has them.
 
@@ -117,14 +124,10 @@ class Batches:
         # Bytes to floats in one multiply-add: (x / 255 - mean) / std.
         factor = self._per_channel(1 / (255 * std) for std in self.std)
         offset = self._per_channel(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
-        for index, (indices, images) in enumerate(
-            zip(batches, self.dataset.read(batches), strict=True), start
-        ):
+        for index, (indices, images) in enumerate(zip(batches, self.dataset.read(batches), strict=True), start):
             images = images.to(self._device, non_blocking=True)
             if self._augment:
-                images = shift_and_flip(
-                    images, mirror=self.dataset.mirror, generator=self._generator(epoch, 1 + index)
-                )
+                images = shift_and_flip(images, mirror=self.dataset.mirror, generator=self._generator(epoch, 1 + index))
             labels = self.dataset.labels[indices].to(self._device, non_blocking=True)
             yield torch.addcmul(offset, images.to(torch.float32), factor), labels
 

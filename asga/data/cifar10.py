@@ -84,9 +84,7 @@ def _read_pickle(file: Path) -> tuple[np.ndarray, np.ndarray]:
         content = _BatchUnpickler(io.BytesIO(file.read_bytes()), encoding="bytes").load()
         data, labels = content[b"data"], content[b"labels"]
     except _RefusedError as error:
-        raise ValueError(
-            f"{file} was refused: {error}. It is no CIFAR-10 batch; nothing in it was run"
-        ) from None
+        raise ValueError(f"{file} was refused: {error}. It is no CIFAR-10 batch; nothing in it was run") from None
     except Exception as error:  # damaged pickles raise nearly anything
         raise ValueError(f"{file} is not a CIFAR-10 batch or is damaged ({error!r})") from error
     if not isinstance(data, _Array) or data.values.ndim != 2 or data.values.shape[1] != _PIXELS:

@@ -186,9 +186,7 @@ def _class_folders(root: Path, split: str) -> tuple[str, ...]:
     if not folder.is_dir():
         there = ", ".join(sorted(entry.name for entry in os.scandir(root))[:8]) or "nothing"
         raise FileNotFoundError(f"{folder} does not exist: {root} must hold train and val, and holds {there}")
-    names = sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
-    )
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise ValueError(f"{folder} has no folders: it must hold one folder of images for each class")
     return tuple(names)
@@ -211,9 +209,7 @@ def _image_size(path: str) -> tuple[int, int]:
         raise ValueError(f"cannot use image {path}: {error}") from error
 
 
-def _decode_image(
-    library: ModuleType, path: str, shape: tuple[int, int, int], image_size: int | None
-) -> np.ndarray:
+def _decode_image(library: ModuleType, path: str, shape: tuple[int, int, int], image_size: int | None) -> np.ndarray:
     """uint8 ``[3, H, W]``."""
     _, height, width = shape
     with library.open(path) as image:

@@ -33,13 +33,9 @@ class ImageTensor:
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise ValueError(f"images is {images.dtype} {tuple(images.shape)}; it must be uint8 [N, C, H, W]")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"labels is {labels.dtype} {tuple(labels.shape)}; it must be torch.int64 [{len(images)}]"
-            )
+            raise ValueError(f"labels is {labels.dtype} {tuple(labels.shape)}; it must be torch.int64 [{len(images)}]")
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
-            raise ValueError(
-                f"labels are {int(labels.min())} to {int(labels.max())}, with {len(self.classes)} classes"
-            )
+            raise ValueError(f"labels are {int(labels.min())} to {int(labels.max())}, with {len(self.classes)} classes")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,9 +73,7 @@ class ImageTensor:
         if self.image_shape[1:] == (size, size):
             return self
         resized = self.images.new_empty(len(self), self.image_shape[0], size, size)
-        for source, target in zip(
-            self.images.split(_RESIZE_CHUNK), resized.split(_RESIZE_CHUNK), strict=True
-        ):
+        for source, target in zip(self.images.split(_RESIZE_CHUNK), resized.split(_RESIZE_CHUNK), strict=True):
             pixels = torch.nn.functional.interpolate(
                 source.to(torch.float32), size=(size, size), mode="bilinear", antialias=True
             )

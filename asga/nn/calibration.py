@@ -77,8 +77,7 @@ def _run(model: nn.Module, batches: Iterable[Batch]) -> None:
                 model(_to(batch[0], device))
             else:
                 raise TypeError(
-                    f"a batch is {type(batch).__name__}; a tensor, a non-empty tuple or list, or a mapping "
-                    f"is needed"
+                    f"a batch is {type(batch).__name__}; a tensor, a non-empty tuple or list, or a mapping is needed"
                 )
             count += 1
     if count == 0:

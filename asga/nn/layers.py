@@ -25,9 +25,7 @@ class QuantizedLayer(nn.Module):
         self._add_quantizers(weight_bits, act_bits, init)
 
     @classmethod
-    def from_float(
-        cls, module: nn.Module, *, weight_bits: Bits, act_bits: Bits, init: str = "mse"
-    ) -> "QuantizedLayer":
+    def from_float(cls, module: nn.Module, *, weight_bits: Bits, act_bits: Bits, init: str = "mse") -> "QuantizedLayer":
         """Make a quantized layer that takes the place of a float one.
 
         It holds the same `Parameter` objects, so tied weights stay tied and optimizers valid, and the same

@@ -5,9 +5,7 @@ from torch import nn
 from asga.nn.quantizers import MixedActQuantizer, MixedWeightQuantizer, Quantizer
 
 
-def parameter_groups(
-    model: nn.Module, *, weight_decay: float, lr: float | None = None
-) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, *, weight_decay: float, lr: float | None = None) -> list[dict[str, object]]:
     """Parameter groups for `asga.optim.ASGA` or any other optimizer, without the logits.
 
     Weights are decayed; norms, biases and other parameters of at most one dimension are not. Scales are

@@ -8,6 +8,7 @@ from torch import Tensor
 import asga.ops.backends  # noqa: F401  (attaches the kernels to torch.ops.asga)
 
 MAX_CANDIDATES = 8  # kMaxCandidates in csrc/quant_math.h
+_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def fake_quant(
@@ -28,7 +29,8 @@ def fake_quant(
     Args:
         input: Any shape, float32, bfloat16, float16 or float64.
         scale: One element (per tensor) or shape ``[C]`` with ``C = input.shape[axis]`` (per channel); floating,
-            positive. Non-positive or NaN scales give meaningless values but no error: checking would stall a GPU.
+            positive. Non-positive or NaN scales, and NaN zero points, give meaningless values but no error: checking
+            would stall a GPU.
         zero_point: Like `scale`; rounded half to even before use. None is zero. Its magnitude must stay below
             2**21.
         quant_min: Smallest integer of the grid.
@@ -93,9 +95,7 @@ def mixed_fake_quant(
     quant_mins, quant_maxs = list(quant_mins), list(quant_maxs)
     candidates = len(quant_mins)
     if not 1 <= candidates <= MAX_CANDIDATES:
-        raise ValueError(
-            f"quant_mins has {candidates} candidates; between 1 and {MAX_CANDIDATES} are supported"
-        )
+        raise ValueError(f"quant_mins has {candidates} candidates; between 1 and {MAX_CANDIDATES} are supported")
     if len(quant_maxs) != candidates:
         raise ValueError(f"quant_maxs has {len(quant_maxs)} entries but quant_mins has {candidates}")
     for k, (low, high) in enumerate(zip(quant_mins, quant_maxs, strict=True)):
@@ -108,8 +108,8 @@ def mixed_fake_quant(
 
 def _check_input(input: Tensor, axis: int | None) -> int | None:
     """Check dtype and axis; returns the axis counted from the front."""
-    if not input.is_floating_point():
-        raise TypeError(f"input has dtype {input.dtype}; a real floating-point tensor is needed")
+    if input.dtype not in _INPUT_DTYPES:
+        raise TypeError(f"input has dtype {input.dtype}; float32, bfloat16, float16 and float64 are supported")
     if axis is None:
         return None
     dims = input.dim()
@@ -122,9 +122,7 @@ def _check_range(name_min: str, name_max: str, quant_min: int, quant_max: int) -
     if quant_min >= quant_max:
         raise ValueError(f"{name_min} is {quant_min}, which is not below {name_max} = {quant_max}")
     if quant_min < -(2**16) or quant_max > 2**16:
-        raise ValueError(
-            f"{name_min} = {quant_min}, {name_max} = {quant_max}: grids beyond 16 bits are not supported"
-        )
+        raise ValueError(f"{name_min} = {quant_min}, {name_max} = {quant_max}: grids beyond 16 bits are not supported")
 
 
 def _check_scale(name: str, scale: Tensor, input: Tensor, axis: int | None, shape: tuple[int, ...]) -> None:
@@ -133,9 +131,5 @@ def _check_scale(name: str, scale: Tensor, input: Tensor, axis: int | None, shap
     if scale.device != input.device:
         raise ValueError(f"{name} is on {scale.device} but input is on {input.device}")
     if scale.shape != shape and not (axis is None and shape == (1,) and scale.numel() == 1):
-        where = (
-            "without an axis"
-            if axis is None
-            else f"for axis {axis} of an input of shape {tuple(input.shape)}"
-        )
+        where = "without an axis" if axis is None else f"for axis {axis} of an input of shape {tuple(input.shape)}"
         raise ValueError(f"{name} has shape {tuple(scale.shape)}; {where} it must be {shape}")

@@ -76,9 +76,7 @@ def _no_second_derivative(ctx, *grads: Tensor):
     )
 
 
-torch.library.register_autograd(
-    "asga::fake_quant", _fake_quant_grad, setup_context=_fake_quant_context, lib=library
-)
+torch.library.register_autograd("asga::fake_quant", _fake_quant_grad, setup_context=_fake_quant_context, lib=library)
 torch.library.register_autograd(
     "asga::mixed_fake_quant", _mixed_fake_quant_grad, setup_context=_mixed_fake_quant_context, lib=library
 )

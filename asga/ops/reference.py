@@ -90,8 +90,8 @@ def mixed_fake_quant_backward(
         grad_probs.append((_sum_to(scales[k], grad * rounded, axis, torch.float64) * scales[k]).sum())
     return (
         _like(input, grad * passed),
-        torch.stack(grad_scales).to(scales.dtype),
-        torch.stack(grad_probs).to(probs.dtype),
+        _like(scales, torch.stack(grad_scales)),
+        _like(probs, torch.stack(grad_probs)),
     )
 
 
@@ -151,6 +151,6 @@ def _sum_to(like: Tensor, terms: Tensor, axis: int | None, dtype: torch.dtype | 
     return total.reshape(like.shape).to(dtype or like.dtype)
 
 
-def _like(input: Tensor, values: Tensor) -> Tensor:
-    """`values` with the dtype and strides that `torch.empty_like(input)` would have."""
-    return torch.empty_like(input).copy_(values)
+def _like(tensor: Tensor, values: Tensor) -> Tensor:
+    """`values` with the dtype and strides that `torch.empty_like(tensor)` would have."""
+    return torch.empty_like(tensor).copy_(values)

@@ -40,15 +40,11 @@ def check_radius(rho_min: float, rho_max: float, radius: str) -> None:
 def check_alpha(alpha: float, variant: str, alpha_mode: str) -> None:
     """The range of alpha depends on what the variant uses it for."""
     if variant == "sam" and alpha != 0:
-        raise ValueError(
-            f"alpha is {alpha}, but variant 'sam' has none; leave it out or choose another variant"
-        )
+        raise ValueError(f"alpha is {alpha}, but variant 'sam' has none; leave it out or choose another variant")
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha is {alpha}; it must be finite and not negative")
     if variant in ("aligned", "conflict") and alpha_mode == "relative" and alpha >= 1:
-        raise ValueError(
-            f"alpha is {alpha}; as a share of the ascent step (alpha_mode 'relative') it is below 1"
-        )
+        raise ValueError(f"alpha is {alpha}; as a share of the ascent step (alpha_mode 'relative') it is below 1")
 
 
 def check_group(group: dict[str, object]) -> None:
@@ -78,9 +74,7 @@ def check_maximize(group: dict[str, object]) -> None:
 def check_dense(tensor: Tensor, what: str) -> None:
     """Strided and real: what the sweeps can read."""
     if tensor.layout != torch.strided or tensor.is_complex():
-        raise TypeError(
-            f"{what} has layout {tensor.layout} and dtype {tensor.dtype}; it must be dense and real"
-        )
+        raise TypeError(f"{what} has layout {tensor.layout} and dtype {tensor.dtype}; it must be dense and real")
 
 
 def check_loss(name: str, loss: Tensor | float) -> None:
@@ -88,9 +82,7 @@ def check_loss(name: str, loss: Tensor | float) -> None:
     if isinstance(loss, bool) or not isinstance(loss, (Tensor, float, int)):
         raise TypeError(f"{name} is {loss!r}; a tensor with one value or a number is needed")
     if isinstance(loss, Tensor) and (loss.numel() != 1 or loss.is_complex()):
-        raise ValueError(
-            f"{name} has shape {tuple(loss.shape)} and dtype {loss.dtype}; one real value is needed"
-        )
+        raise ValueError(f"{name} has shape {tuple(loss.shape)} and dtype {loss.dtype}; one real value is needed")
 
 
 def check_same_shapes(saved: Shapes, ours: Shapes) -> None:
@@ -99,9 +91,7 @@ def check_same_shapes(saved: Shapes, ours: Shapes) -> None:
         raise ValueError(f"state_dict has {len(saved)} parameter groups, this optimizer {len(ours)}")
     for number, (theirs, mine) in enumerate(zip(saved, ours, strict=True)):
         if len(theirs) != len(mine):
-            raise ValueError(
-                f"state_dict has {len(theirs)} parameters in group {number}, this optimizer {len(mine)}"
-            )
+            raise ValueError(f"state_dict has {len(theirs)} parameters in group {number}, this optimizer {len(mine)}")
         for index, (their, my) in enumerate(zip(theirs, mine, strict=True)):
             if their != my:
                 raise ValueError(

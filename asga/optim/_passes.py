@@ -82,9 +82,7 @@ def gradient_dots(
     return GradientDots(g0_g0, g0_g1, g1_g1, ascent)
 
 
-def combination(
-    variant: str, dots: GradientDots, weight: float, max_norm: float | None
-) -> tuple[Tensor, Tensor]:
+def combination(variant: str, dots: GradientDots, weight: float, max_norm: float | None) -> tuple[Tensor, Tensor]:
     """B2: the pair (c0, c1) of the update ``d = c0 * g0 + c1 * g1``, clipped to ``||d|| <= max_norm``.
 
     `weight` is GSAM's alpha and unused otherwise.

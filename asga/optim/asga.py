@@ -185,9 +185,7 @@ class ASGA(Optimizer):
             RuntimeError: The closure left no gradient, or a step is already under way.
         """
         if closure is None:
-            raise TypeError(
-                "step() needs a closure that computes the loss and its gradients; it is called twice"
-            )
+            raise TypeError("step() needs a closure that computes the loss and its gradients; it is called twice")
         self._refuse_between_passes("step()")
         closure = torch.enable_grad()(closure)
         first_loss = _call(closure)
@@ -223,9 +221,7 @@ class ASGA(Optimizer):
         step = passes.ascent_step(q0, rho, shift, self.alpha_mode == "relative")
         perturbed = [bucket for bucket in buckets if bucket.rho_scale > 0]
         self._pending = _Pending(
-            first_grads={
-                p: g for bucket in buckets for p, g in zip(bucket.params, bucket.grads, strict=True)
-            },
+            first_grads={p: g for bucket in buckets for p, g in zip(bucket.params, bucket.grads, strict=True)},
             backups=[(bucket.params, [p.clone() for p in bucket.params]) for bucket in perturbed],
             statistics=None if self.model is None else save_running_statistics(self.model),
             loss=loss,
@@ -263,10 +259,7 @@ class ASGA(Optimizer):
         buckets = self._buckets()
         # No g0 in pass 1: it counts as 0.
         first_grads = [
-            [
-                pending.first_grads[p] if p in pending.first_grads else torch.zeros_like(p)
-                for p in bucket.params
-            ]
+            [pending.first_grads[p] if p in pending.first_grads else torch.zeros_like(p) for p in bucket.params]
             for bucket in buckets
         ]
         dots = passes.gradient_dots(buckets, first_grads, self.adaptive, pending.q0.device)
@@ -361,9 +354,7 @@ class ASGA(Optimizer):
         own = state_dict.pop("asga", None)
         missing = {"shapes", *self._own_state()} - set(own or ())
         if missing:
-            raise ValueError(
-                f"state_dict is not from an ASGA optimizer: its entry 'asga' lacks {sorted(missing)}"
-            )
+            raise ValueError(f"state_dict is not from an ASGA optimizer: its entry 'asga' lacks {sorted(missing)}")
         check_same_shapes([tuple(map(tuple, group)) for group in own["shapes"]], self._shapes())
         self.base_optimizer.load_state_dict(state_dict)
         self._share_with_base()

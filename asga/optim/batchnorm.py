@@ -37,6 +37,4 @@ def restore_running_statistics(model: nn.Module, saved: dict[str, Tensor]) -> No
 
 
 def _running_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [
-        (name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in _BUFFER_NAMES
-    ]
+    return [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in _BUFFER_NAMES]

@@ -33,9 +33,7 @@ class Radius:
         self.rho_min, self.rho_max, self.adaptive = rho_min, rho_max, adaptive
         start = math.sqrt(rho_min * rho_max) if adaptive else rho_max
         self.rho = torch.tensor(start, dtype=torch.float64, device=device)
-        self.updates, self.at_rho_min, self.at_rho_max = torch.zeros(
-            3, dtype=torch.int64, device=device
-        ).unbind()
+        self.updates, self.at_rho_min, self.at_rho_max = torch.zeros(3, dtype=torch.int64, device=device).unbind()
 
     def update(self, gap: Tensor, valid: Tensor) -> None:
         """Move to the radius of the next step (B4).

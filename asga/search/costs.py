@@ -79,9 +79,7 @@ CostFunction = Callable[[LayerProfile, int | None, int | None], int]
 METRICS: dict[str, CostFunction] = {"bitops": layer_bitops, "size_bits": layer_size_bits}
 
 
-def profile_layers(
-    model: nn.Module, example_inputs: ExampleInputs, names: Iterable[str]
-) -> dict[str, LayerProfile]:
+def profile_layers(model: nn.Module, example_inputs: ExampleInputs, names: Iterable[str]) -> dict[str, LayerProfile]:
     """Measure layers by running the model once, in eval mode and without gradients.
 
     MACs come from the shapes met on the way, so strides, dilation, groups and inputs of any rank are counted
@@ -157,9 +155,7 @@ def policy_costs(profiles: Mapping[str, LayerProfile], policy: Policy) -> Costs:
     return Costs(**totals)
 
 
-def cost_tables(
-    profiles: Mapping[str, LayerProfile], choices: SpaceChoices
-) -> dict[str, dict[str, np.ndarray]]:
+def cost_tables(profiles: Mapping[str, LayerProfile], choices: SpaceChoices) -> dict[str, dict[str, np.ndarray]]:
     """The cost of every candidate of every layer.
 
     Args:

@@ -16,8 +16,8 @@ class DualAscent:
     """Multipliers that pull the expected costs to their limits.
 
     With c the expected cost divided by its limit and t the target, which falls from the first c to 1, a step adds
-    ``rate * (c - t)`` to the multiplier (kept at zero or above), and the loss gets ``(multiplier + gain * (c - t)) * c``,
-    its weight again kept at zero or above.
+    ``rate * (c - t)`` to the multiplier (kept at zero or above), and the loss gets
+    ``(multiplier + gain * (c - t)) * c``, its weight again kept at zero or above.
 
     Args:
         metrics: The metrics that have a limit.

@@ -122,8 +122,7 @@ class SearchResult:
                 choices=SpaceChoices(layers, data["skipped"], tuple(data["names"])),
                 profiles={p["name"]: LayerProfile(**p) for p in data["profiles"]},
                 log_probs={
-                    name: LogProbabilities(tuple(p["weight"]), tuple(p["act"]))
-                    for name, p in data["log_probs"].items()
+                    name: LogProbabilities(tuple(p["weight"]), tuple(p["act"])) for name, p in data["log_probs"].items()
                 },
                 expected_cost=data["expected_cost"],
             )

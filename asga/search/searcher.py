@@ -64,6 +64,7 @@ class PolicySearcher:
         autocast: Run the model under autocast to this dtype.
         folder: Where metrics and checkpoints go; with a checkpoint in it, `fit` resumes.
         progress: Called after every step.
+        stage: The name of this search in metrics and checkpoints.
         meta: Further metadata of the policy, such as the architecture's name.
 
     Raises:
@@ -95,6 +96,7 @@ class PolicySearcher:
         autocast: torch.dtype | None = None,
         folder: RunFolder | None = None,
         progress: Callable[[Progress], None] | None = None,
+        stage: str = "search",
         meta: Mapping[str, object] | None = None,
     ) -> None:
         if method not in ("asga", "sgd"):
@@ -112,7 +114,8 @@ class PolicySearcher:
         self.optimizer_options = dict(optimizer_options or {})
         self.calibration_batches, self.example_inputs = calibration_batches, example_inputs
         self.loss_fn, self.autocast = loss_fn, autocast
-        self.folder, self.progress, self.meta = folder, progress, dict(meta or {})
+        self.folder, self.progress, self.stage = folder, progress, stage
+        self.meta = dict(meta or {})
 
     def fit(self, loader: Iterable[tuple[Tensor, Tensor]]) -> SearchResult:
         """Search on the batches of a loader.
@@ -144,7 +147,7 @@ class PolicySearcher:
         mixed = prepare(self.model, self.space).train()
         calibrate(mixed, first)
         search = _Search(self, mixed, profiles, limits, steps=self.epochs * len(loader))
-        stage = Stage("search", self.epochs, search.parts, folder=self.folder, progress=self.progress)
+        stage = Stage(self.stage, self.epochs, search.parts, folder=self.folder, progress=self.progress)
         history = stage.run(loader, search.step, search.end_epoch)
         log_probs = search.log_probs()
         policy = best_policy(log_probs, self.choices, profiles, self.budget, self.meta)
@@ -172,9 +175,7 @@ class _Search:
     ) -> None:
         self._options, self._mixed, self._steps = options, mixed, steps
         self._device = next(mixed.parameters()).device
-        self._layers = {
-            name: module for name, module in mixed.named_modules() if isinstance(module, QuantizedLayer)
-        }
+        self._layers = {name: module for name, module in mixed.named_modules() if isinstance(module, QuantizedLayer)}
         self._costs = _ExpectedCosts(profiles, options.choices, limits, self._device)
         groups = parameter_groups(mixed, weight_decay=options.weight_decay, lr=options.lr)
         sgd = {"momentum": options.momentum, "nesterov": options.momentum > 0}
@@ -236,7 +237,7 @@ class _Search:
             record |= finite(self._optimizer.diagnostics())
         if self._options.folder is not None:
             self._options.folder.log(
-                event="probabilities", stage="search", epoch=epoch, layers=self._probabilities()
+                event="probabilities", stage=self._options.stage, epoch=epoch, layers=self._probabilities()
             )
         return record
 
@@ -297,9 +298,7 @@ class _ExpectedCosts:
         totals = {}
         for metric, tables in self._tables.items():
             terms = [
-                _probs(layers[name].weight_quantizer, table)
-                @ table
-                @ _probs(layers[name].act_quantizer, table)
+                _probs(layers[name].weight_quantizer, table) @ table @ _probs(layers[name].act_quantizer, table)
                 for name, table in tables.items()
             ]
             totals[metric] = self._fixed[metric] + torch.stack(terms).sum()

@@ -200,9 +200,7 @@ def _exceeded(chosen: Sequence[_Pair], slack: Sequence[int]) -> int | None:
     return next((m for m, total in enumerate(totals) if total > slack[m]), None)
 
 
-def _check_costs(
-    costs: Mapping[str, Mapping[str, np.ndarray]], limits: Mapping[str, int]
-) -> dict[str, np.ndarray]:
+def _check_costs(costs: Mapping[str, Mapping[str, np.ndarray]], limits: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Per layer the costs that have a limit: integers ``[metrics, len(weight_bits), len(act_bits)]``."""
     for metric in limits:
         if metric not in costs:
@@ -231,9 +229,7 @@ def _check_costs(
     return stacked
 
 
-def _check_scores(
-    scores: Mapping[str, np.ndarray], tables: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _check_scores(scores: Mapping[str, np.ndarray], tables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name in scores:
         if name not in tables:
             raise ValueError(f"scores has {name!r}, which costs has not{did_you_mean(name, tables)}")

@@ -60,9 +60,7 @@ class SpaceChoices:
         }
         return self._policy(bits, meta)
 
-    def policy(
-        self, chosen: Mapping[str, tuple[int, int]], meta: Mapping[str, object] | None = None
-    ) -> Policy:
+    def policy(self, chosen: Mapping[str, tuple[int, int]], meta: Mapping[str, object] | None = None) -> Policy:
         """The policy of one candidate per layer.
 
         Args:

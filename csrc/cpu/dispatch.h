@@ -25,9 +25,7 @@ void with_storage_type(const Tensor& input, Run&& run) {
   }
 }
 
-inline Work plan_work(const ChannelLayout& layout) {
-  return plan_work(layout.outer, layout.channels, layout.inner);
-}
+inline Work plan_work(const ChannelLayout& layout) { return plan_work(layout.outer, layout.channels, layout.inner); }
 
 // Give every thread at least 32,768 values: about ten microseconds of work, the cost of waking a thread.
 template <typename Run>

@@ -1,12 +1,13 @@
 // fake_quant on the CPU: one sweep forward, one sweep backward. Bytes moved per value of size b: forward 2b (read x,
 // write y), backward 3b (read g and x, write dx). `asga/ops/reference.py` is the definition.
+#include "vectorized/fake_quant.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 
 #include "dispatch.h"
 #include "isa.h"
-#include "vectorized/fake_quant.h"
 
 ASGA_PICK_ISA(FakeQuantLoops, fake_quant_loops)
 

@@ -1,10 +1,11 @@
-// mixed_fake_quant on the CPU: K quantizers in one sweep forward and one backward, whatever K is. Bytes moved per value of
-// size b: forward 2b (read x, write y), backward 3b (read g and x, write dx); only x is kept between them.
+// mixed_fake_quant on the CPU: K quantizers in one sweep forward and one backward, whatever K is. Bytes moved per value
+// of size b: forward 2b (read x, write y), backward 3b (read g and x, write dx); only x is kept between them.
+#include "vectorized/mixed_fake_quant.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include "dispatch.h"
 #include "isa.h"
-#include "vectorized/mixed_fake_quant.h"
 
 ASGA_PICK_ISA(MixedFakeQuantLoops, mixed_fake_quant_loops)
 

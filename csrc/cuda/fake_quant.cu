@@ -28,9 +28,9 @@ struct Grid {
 
 template <typename T, typename Cut>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    forward_kernel(T* __restrict__ output, const T* __restrict__ input,
-                   const compute_t<T>* __restrict__ scale, const compute_t<T>* __restrict__ zero_point,
-                   compute_t<T> quant_min, compute_t<T> quant_max, const Cut cut) {
+    forward_kernel(T* __restrict__ output, const T* __restrict__ input, const compute_t<T>* __restrict__ scale,
+                   const compute_t<T>* __restrict__ zero_point, compute_t<T> quant_min, compute_t<T> quant_max,
+                   const Cut cut) {
   using A = compute_t<T>;
   const Tile tile = cut.tile();
   const Grid<A> grid(scale, zero_point, tile.channel, quant_min, quant_max);
@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 // one.
 template <typename T, typename Cut>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    backward_kernel(T* __restrict__ grad_input, compute_t<T>* __restrict__ partials,
-                    const T* __restrict__ grad, const T* __restrict__ input,
-                    const compute_t<T>* __restrict__ scale, const compute_t<T>* __restrict__ zero_point,
-                    compute_t<T> quant_min, compute_t<T> quant_max, const Cut cut) {
+    backward_kernel(T* __restrict__ grad_input, compute_t<T>* __restrict__ partials, const T* __restrict__ grad,
+                    const T* __restrict__ input, const compute_t<T>* __restrict__ scale,
+                    const compute_t<T>* __restrict__ zero_point, compute_t<T> quant_min, compute_t<T> quant_max,
+                    const Cut cut) {
   using A = compute_t<T>;
   const Tile tile = cut.tile();
   const Grid<A> grid(scale, zero_point, tile.channel, quant_min, quant_max);
@@ -89,21 +89,21 @@ void launch_forward(T* output, const T* input, const compute_t<T>* scale, const 
 }
 
 template <typename T>
-void launch_backward(T* grad_input, compute_t<T>* partials, const T* grad, const T* input,
-                     const compute_t<T>* scale, const compute_t<T>* zero_point, int64_t quant_min,
-                     int64_t quant_max, const Tiles& tiles, cudaStream_t stream) {
+void launch_backward(T* grad_input, compute_t<T>* partials, const T* grad, const T* input, const compute_t<T>* scale,
+                     const compute_t<T>* zero_point, int64_t quant_min, int64_t quant_max, const Tiles& tiles,
+                     cudaStream_t stream) {
   const auto low = static_cast<compute_t<T>>(quant_min), high = static_cast<compute_t<T>>(quant_max);
   std::visit(
       [&](const auto& cut) {
-        backward_kernel<<<cut.grid(), kThreads, 0, stream>>>(grad_input, partials, grad, input, scale,
-                                                             zero_point, low, high, cut);
+        backward_kernel<<<cut.grid(), kThreads, 0, stream>>>(grad_input, partials, grad, input, scale, zero_point, low,
+                                                             high, cut);
       },
       tiles);
   ASGA_CUDA_CHECK(cudaGetLastError());
 }
 
-Tensor fake_quant(const Tensor& input, const Tensor& scale, const std::optional<Tensor>& zero_point,
-                  int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis) {
+Tensor fake_quant(const Tensor& input, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t quant_min,
+                  int64_t quant_max, std::optional<int64_t> axis) {
   const ScalarType type = compute_type(input);
   const DeviceGuard guard(input.get_device_index());
   const Tensor x = to_dense(input);
@@ -117,17 +117,14 @@ Tensor fake_quant(const Tensor& input, const Tensor& scale, const std::optional<
     using T = decltype(zero);
     using A = compute_t<T>;
     launch_forward(mutable_data<T>(output), const_data<T>(x), const_data<A>(s),
-                   z.has_value() ? const_data<A>(*z) : nullptr, quant_min, quant_max, layout,
-                   current_stream(x));
+                   z.has_value() ? const_data<A>(*z) : nullptr, quant_min, quant_max, layout, current_stream(x));
   });
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(const Tensor& grad, const Tensor& input,
-                                                       const Tensor& scale,
-                                                       const std::optional<Tensor>& zero_point,
-                                                       int64_t quant_min, int64_t quant_max,
-                                                       std::optional<int64_t> axis) {
+std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(const Tensor& grad, const Tensor& input, const Tensor& scale,
+                                                       const std::optional<Tensor>& zero_point, int64_t quant_min,
+                                                       int64_t quant_max, std::optional<int64_t> axis) {
   const ScalarType type = compute_type(input);
   const DeviceGuard guard(input.get_device_index());
   const Tensor x = to_dense(input);
@@ -150,24 +147,21 @@ std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(const Tensor& grad, const
     using T = decltype(zero);
     using A = compute_t<T>;
     const cudaStream_t stream = current_stream(x);
-    const Tiles tiles = cut_tiles(
-        layout, kVector<T>, is_aligned(grad_input.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr()));
+    const Tiles tiles =
+        cut_tiles(layout, kVector<T>, is_aligned(grad_input.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr()));
     const int terms = z.has_value() ? 2 : 1;
     // A single slot per channel holds the sum already.
     const bool summed = terms == 1 && slots(tiles) == 1;
-    const Tensor partials =
-        summed ? grad_scale : torch::stable::new_empty(s, {terms, layout.channels, slots(tiles)});
-    launch_backward(mutable_data<T>(grad_input), mutable_data<A>(partials), const_data<T>(g),
-                    const_data<T>(x), const_data<A>(s), z.has_value() ? const_data<A>(*z) : nullptr,
-                    quant_min, quant_max, tiles, stream);
+    const Tensor partials = summed ? grad_scale : torch::stable::new_empty(s, {terms, layout.channels, slots(tiles)});
+    launch_backward(mutable_data<T>(grad_input), mutable_data<A>(partials), const_data<T>(g), const_data<T>(x),
+                    const_data<A>(s), z.has_value() ? const_data<A>(*z) : nullptr, quant_min, quant_max, tiles, stream);
     if (summed) return;
     const A* none = nullptr;
     launch_sum_slots(mutable_data<A>(grad_scale), const_data<A>(partials), none, 1, layout.channels, terms,
                      slots(tiles), stream);
     if (!z.has_value()) return;
-    launch_sum_slots(mutable_data<A>(grad_zero_point),
-                     const_data<A>(partials) + layout.channels * slots(tiles), none, 1, layout.channels,
-                     terms, slots(tiles), stream);
+    launch_sum_slots(mutable_data<A>(grad_zero_point), const_data<A>(partials) + layout.channels * slots(tiles), none,
+                     1, layout.channels, terms, slots(tiles), stream);
   });
   return {grad_input, to_layout_of(scale, grad_scale),
           z.has_value() ? to_layout_of(*zero_point, grad_zero_point) : grad_zero_point};

@@ -29,9 +29,8 @@ struct Ranges {
 // Loops over candidates run to the compile-time bound, for arrays in registers, and break at the count.
 template <typename T, typename Cut>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    forward_kernel(T* __restrict__ output, const T* __restrict__ input,
-                   const compute_t<T>* __restrict__ scales, const compute_t<T>* __restrict__ probs,
-                   const Ranges<compute_t<T>> ranges, const Cut cut) {
+    forward_kernel(T* __restrict__ output, const T* __restrict__ input, const compute_t<T>* __restrict__ scales,
+                   const compute_t<T>* __restrict__ probs, const Ranges<compute_t<T>> ranges, const Cut cut) {
   using A = compute_t<T>;
   const Tile tile = cut.tile();
   A inverse[kMaxCandidates] = {}, weight[kMaxCandidates] = {};
@@ -67,10 +66,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 // probability, both still without the factors that are the same for a whole channel.
 template <typename T, typename Cut>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    backward_kernel(T* __restrict__ grad_input, compute_t<T>* __restrict__ partials,
-                    const T* __restrict__ grad, const T* __restrict__ input,
-                    const compute_t<T>* __restrict__ scales, const compute_t<T>* __restrict__ probs,
-                    const Ranges<compute_t<T>> ranges, const Cut cut) {
+    backward_kernel(T* __restrict__ grad_input, compute_t<T>* __restrict__ partials, const T* __restrict__ grad,
+                    const T* __restrict__ input, const compute_t<T>* __restrict__ scales,
+                    const compute_t<T>* __restrict__ probs, const Ranges<compute_t<T>> ranges, const Cut cut) {
   using A = compute_t<T>;
   const Tile tile = cut.tile();
   A inverse[kMaxCandidates] = {}, prob[kMaxCandidates] = {};
@@ -134,13 +132,13 @@ void launch_forward(T* output, const T* input, const compute_t<T>* scales, const
 }
 
 template <typename T>
-void launch_backward(T* grad_input, compute_t<T>* partials, const T* grad, const T* input,
-                     const compute_t<T>* scales, const compute_t<T>* probs,
-                     const Ranges<compute_t<T>>& ranges, const Tiles& tiles, cudaStream_t stream) {
+void launch_backward(T* grad_input, compute_t<T>* partials, const T* grad, const T* input, const compute_t<T>* scales,
+                     const compute_t<T>* probs, const Ranges<compute_t<T>>& ranges, const Tiles& tiles,
+                     cudaStream_t stream) {
   std::visit(
       [&](const auto& cut) {
-        backward_kernel<<<cut.grid(), kThreads, 0, stream>>>(grad_input, partials, grad, input, scales, probs,
-                                                             ranges, cut);
+        backward_kernel<<<cut.grid(), kThreads, 0, stream>>>(grad_input, partials, grad, input, scales, probs, ranges,
+                                                             cut);
       },
       tiles);
   ASGA_CUDA_CHECK(cudaGetLastError());
@@ -154,8 +152,8 @@ void launch_sum_probs(A* grad_probs, const A* partials, const A* scales, int can
 }
 
 int check_candidates(const std::vector<int64_t>& quant_mins, const std::vector<int64_t>& quant_maxs) {
-  STD_TORCH_CHECK(!quant_mins.empty() && quant_mins.size() <= kMaxCandidates, "quant_mins has ",
-                  quant_mins.size(), " candidates; between 1 and ", kMaxCandidates, " are supported");
+  STD_TORCH_CHECK(!quant_mins.empty() && quant_mins.size() <= kMaxCandidates, "quant_mins has ", quant_mins.size(),
+                  " candidates; between 1 and ", kMaxCandidates, " are supported");
   STD_TORCH_CHECK(quant_maxs.size() == quant_mins.size(), "quant_maxs has ", quant_maxs.size(),
                   " entries but quant_mins has ", quant_mins.size());
   return static_cast<int>(quant_mins.size());
@@ -205,12 +203,11 @@ std::tuple<Tensor, Tensor, Tensor> mixed_fake_quant_backward(const Tensor& grad,
     using T = decltype(zero);
     using A = compute_t<T>;
     const cudaStream_t stream = current_stream(x);
-    const Tiles tiles = cut_tiles(
-        layout, kVector<T>, is_aligned(grad_input.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr()));
+    const Tiles tiles =
+        cut_tiles(layout, kVector<T>, is_aligned(grad_input.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr()));
     const Tensor partials = torch::stable::new_empty(s, {candidates, 2, layout.channels, slots(tiles)});
-    launch_backward(mutable_data<T>(grad_input), mutable_data<A>(partials), const_data<T>(g),
-                    const_data<T>(x), const_data<A>(s), const_data<A>(p), Ranges<A>(quant_mins, quant_maxs),
-                    tiles, stream);
+    launch_backward(mutable_data<T>(grad_input), mutable_data<A>(partials), const_data<T>(g), const_data<T>(x),
+                    const_data<A>(s), const_data<A>(p), Ranges<A>(quant_mins, quant_maxs), tiles, stream);
     launch_sum_slots(mutable_data<A>(grad_scales), const_data<A>(partials), const_data<A>(p), candidates,
                      layout.channels, 2, slots(tiles), stream);
     launch_sum_probs(mutable_data<A>(grad_probs), const_data<A>(partials), const_data<A>(s), candidates,

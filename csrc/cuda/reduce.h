@@ -39,8 +39,8 @@ __device__ __forceinline__ double team_sum(double value, int team) {
 // sum.
 template <typename A>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    sum_slots_kernel(A* __restrict__ sums, const A* __restrict__ partials, const A* __restrict__ factors,
-                     int64_t count, int64_t channels, int terms, int64_t slots, int team) {
+    sum_slots_kernel(A* __restrict__ sums, const A* __restrict__ partials, const A* __restrict__ factors, int64_t count,
+                     int64_t channels, int terms, int64_t slots, int team) {
   const int64_t sum = blockIdx.x * int64_t{kThreads / team} + threadIdx.x / team;
   if (sum >= count) return;  // whole teams, so none is missing from a reduction
   const int64_t group = sum / channels, channel = sum - group * channels;
@@ -49,18 +49,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   double total = 0.0;
   for (int64_t slot = lane; slot < slots; slot += team) total += static_cast<double>(mine[slot]);
   total = team_sum(total, team);
-  if (lane == 0)
-    sums[sum] = static_cast<A>(factors == nullptr ? total : total * static_cast<double>(factors[group]));
+  if (lane == 0) sums[sum] = static_cast<A>(factors == nullptr ? total : total * static_cast<double>(factors[group]));
 }
 
 template <typename A>
-void launch_sum_slots(A* sums, const A* partials, const A* factors, int64_t groups, int64_t channels,
-                      int terms, int64_t slots, cudaStream_t stream) {
+void launch_sum_slots(A* sums, const A* partials, const A* factors, int64_t groups, int64_t channels, int terms,
+                      int64_t slots, cudaStream_t stream) {
   const int team = slots > 4 * kWarp ? kThreads : kWarp;
   const int64_t count = groups * channels, per_block = kThreads / team;
   const dim3 grid(static_cast<unsigned>((count + per_block - 1) / per_block));
-  sum_slots_kernel<<<grid, kThreads, 0, stream>>>(sums, partials, factors, count, channels, terms, slots,
-                                                  team);
+  sum_slots_kernel<<<grid, kThreads, 0, stream>>>(sums, partials, factors, count, channels, terms, slots, team);
   ASGA_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -155,8 +155,7 @@ struct ColumnTiles {
     const int64_t column = blockIdx.x * int64_t{width} + threadIdx.x % width;
     if (column >= channels * inner || lane >= kThreads / width) return {0, 0, 0, 0};
     const int64_t channel = column / inner, begin = blockIdx.y * height + lane;
-    return {channel, blockIdx.y * inner + column - channel * inner, begin,
-            min((blockIdx.y + 1) * height, outer)};
+    return {channel, blockIdx.y * inner + column - channel * inner, begin, min((blockIdx.y + 1) * height, outer)};
   }
 
   template <int N, typename F>

@@ -17,9 +17,7 @@ PTX = {"sm_120"}  # for GPUs newer than the list
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH"),
-    pytest.mark.skipif(
-        os.environ.get("ASGA_CUDA") == "skip", reason="the CUDA library was left out (ASGA_CUDA=skip)"
-    ),
+    pytest.mark.skipif(os.environ.get("ASGA_CUDA") == "skip", reason="the CUDA library was left out (ASGA_CUDA=skip)"),
 ]
 
 

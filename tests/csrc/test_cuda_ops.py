@@ -231,9 +231,7 @@ class TestMixedFakeQuant:
     MINS = (-2, -4, -8, 0, -128, -32, -64, 0)
     MAXS = (1, 3, 7, 255, 127, 31, 63, 15)
 
-    def _candidates(
-        self, count: int, channels: int, axis: int | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def _candidates(self, count: int, channels: int, axis: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scales [K] or [K, C] and probabilities [K]."""
         scales = torch.stack([_scale(channels, torch.float64) / 2**k for k in range(count)])
         probs = torch.softmax(torch.linspace(-1.0, 1.0, count), 0)

@@ -13,9 +13,7 @@ def candidates(image, mirror):
     _, height, width = image.shape
     pad_y, pad_x = max(1, height // 8), max(1, width // 8)
     padded = torch.nn.functional.pad(image, (pad_x, pad_x, pad_y, pad_y))
-    shifted = [
-        padded[:, y : y + height, x : x + width] for y in range(2 * pad_y + 1) for x in range(2 * pad_x + 1)
-    ]
+    shifted = [padded[:, y : y + height, x : x + width] for y in range(2 * pad_y + 1) for x in range(2 * pad_x + 1)]
     return shifted + [image.flip(2) for image in shifted] if mirror else shifted
 
 
@@ -34,9 +32,7 @@ def test_every_image_is_shifted_by_at_most_an_eighth(shape, mirror):
 
 
 def test_generator_alone_decides():
-    images = torch.randint(
-        0, 256, (16, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     assert torch.equal(augment(images, mirror=True, seed=5), augment(images, mirror=True, seed=5))
     assert not torch.equal(augment(images, mirror=True, seed=5), augment(images, mirror=True, seed=6))
 

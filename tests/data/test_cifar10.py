@@ -103,9 +103,7 @@ class TestPython:
         (tmp_path / "test_batch").write_bytes(
             b"\x80\x02}(U\x06labels]K\x07aU\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
             b"K\x00\x85U\x01b\x87R(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
-            b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T\x00\x0c\x00\x00"
-            + pixels
-            + b"tbu."
+            b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T\x00\x0c\x00\x00" + pixels + b"tbu."
         )
         images, labels, _ = read_cifar10(tmp_path, "val")
         assert images.flatten().tolist() == list(pixels)
@@ -129,9 +127,7 @@ class TestPython:
             read_cifar10(tmp_path, "train")
         assert not (tmp_path / "executed").exists()
 
-    @pytest.mark.parametrize(
-        "name", ["builtins eval", "numpy load", "numpy.core.multiarray scalar", "_codecs decode"]
-    )
+    @pytest.mark.parametrize("name", ["builtins eval", "numpy load", "numpy.core.multiarray scalar", "_codecs decode"])
     def test_other_names_are_refused(self, tmp_path, name):
         module, attribute = name.split()
         (tmp_path / "test_batch").write_bytes(f"c{module}\n{attribute}\n.".encode())

@@ -118,9 +118,7 @@ class TestDecoding:
     def test_differing_sizes_need_an_image_size(self, tmp_path):
         paths = [save(tmp_path / "a.png", random_pixels()), save(tmp_path / "b.png", random_pixels(6, 9))]
         labels = torch.tensor([0, 0])
-        with pytest.raises(
-            ValueError, match=r"b\.png: it has 9x6 pixels, the first image 8x8; give an image size"
-        ):
+        with pytest.raises(ValueError, match=r"b\.png: it has 9x6 pixels, the first image 8x8; give an image size"):
             ImageFiles(paths, labels, ("a",)).load()
         assert ImageFiles(paths, labels, ("a",), image_size=4).load().image_shape == (3, 4, 4)
 
@@ -202,9 +200,7 @@ class TestStreaming:
         assert files.statistics() == files.load().statistics()
 
     def test_statistics_of_a_large_set_are_sampled(self, tmp_path):
-        dark, bright = (
-            save(tmp_path / f"{value}.png", np.full((2, 2, 3), value, np.uint8)) for value in (0, 255)
-        )
+        dark, bright = (save(tmp_path / f"{value}.png", np.full((2, 2, 3), value, np.uint8)) for value in (0, 255))
         n = 4000
         files = ImageFiles([dark] * (n // 2) + [bright] * (n // 2), torch.zeros(n, dtype=torch.int64), ("a",))
         mean, std = files.statistics()

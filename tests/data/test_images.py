@@ -38,9 +38,7 @@ class TestResized:
     def test_matches_interpolate(self):
         dataset = random_images(n=3)
         resized = dataset.resized(5)
-        expected = torch.nn.functional.interpolate(
-            dataset.images.float(), (5, 5), mode="bilinear", antialias=True
-        )
+        expected = torch.nn.functional.interpolate(dataset.images.float(), (5, 5), mode="bilinear", antialias=True)
         assert resized.images.dtype == torch.uint8
         # Rounding to bytes moves a value by at most one half.
         assert (resized.images.float() - expected).abs().max() <= 0.5

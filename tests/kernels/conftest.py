@@ -106,9 +106,7 @@ def assert_same_bits() -> Callable[[Tensor, Tensor], None]:
         bits = _BITS[actual.element_size()]
         differ = actual.view(bits) != expected.view(bits)
         differ &= ~(actual.isnan() & expected.isnan())
-        assert not differ.any(), (
-            f"{differ.sum()} values differ: {actual[differ][:5]} for {expected[differ][:5]}"
-        )
+        assert not differ.any(), f"{differ.sum()} values differ: {actual[differ][:5]} for {expected[differ][:5]}"
 
     return check
 

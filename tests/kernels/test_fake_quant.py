@@ -68,9 +68,7 @@ def test_sums_are_the_reference_but_for_their_order(case, offset, device, assert
 
 
 @pytest.mark.parametrize("name", ["4099 values", "wide rows", "channels innermost"])
-def test_a_program_that_adds_up_many_tiles(
-    name, cases, device, assert_same_bits, assert_same_sum, monkeypatch
-):
+def test_a_program_that_adds_up_many_tiles(name, cases, device, assert_same_bits, assert_same_sum, monkeypatch):
     monkeypatch.setattr(layout, "_TARGET_PROGRAMS", 2)
     case = cases[name]
     x = case.input(device)
@@ -173,9 +171,6 @@ def test_two_runs_give_the_same_bits(cases, device, assert_same_bits):
     case = cases["channels innermost"]
     x = case.input(device)
     scale, zero_point = _parameters(case, device)
-    runs = [
-        kernels.fake_quant_backward(x, x, scale, zero_point, QUANT_MIN, QUANT_MAX, case.axis)
-        for _ in range(2)
-    ]
+    runs = [kernels.fake_quant_backward(x, x, scale, zero_point, QUANT_MIN, QUANT_MAX, case.axis) for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert_same_bits(first, second)

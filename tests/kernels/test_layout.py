@@ -16,9 +16,7 @@ def _store_tile_base(
     output_ptr, tile, first_channel, length, loop_stride, channel_stride, length_stride, BLOCK_L: tl.constexpr
 ):
     first_channel += tl.program_id(0)  # program ids are 0 here: makes it a tensor, as in the kernels
-    base, left = layout.tile_base(
-        tile, first_channel, length, loop_stride, channel_stride, length_stride, BLOCK_L
-    )
+    base, left = layout.tile_base(tile, first_channel, length, loop_stride, channel_stride, length_stride, BLOCK_L)
     tl.store(output_ptr, base)
     tl.store(output_ptr + 1, left)
 
@@ -26,9 +24,7 @@ def _store_tile_base(
 @pytest.mark.parametrize(
     ("tile", "first_channel", "length", "strides", "base", "left"),
     [
-        pytest.param(
-            3 * 2**20 + 1, 0, 2**32 + 5, (2**32 + 5, 2**32 + 5, 1), 3 * 2**30 + TILE, 2**30 + 5 - TILE
-        ),
+        pytest.param(3 * 2**20 + 1, 0, 2**32 + 5, (2**32 + 5, 2**32 + 5, 1), 3 * 2**30 + TILE, 2**30 + 5 - TILE),
         pytest.param(2**20, 7, TILE, (2**14, TILE, 1), 2**34 + 7 * TILE, TILE),
         pytest.param(2**18, 0, 2**29, (2**31, 1, 8), 2**31, 2**29 - 2**28),
     ],

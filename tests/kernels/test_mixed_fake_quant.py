@@ -51,9 +51,7 @@ def _check_backward(grad: Tensor, arguments: tuple, assert_same_bits, assert_sam
     actual = kernels.mixed_fake_quant_backward(grad, *arguments)
     expected = reference.mixed_fake_quant_backward(grad, *arguments)
     assert_same_bits(actual[0], expected[0])
-    for ours, wanted, magnitude in zip(
-        actual[1:], expected[1:], _sums_of_magnitudes(grad, *arguments), strict=True
-    ):
+    for ours, wanted, magnitude in zip(actual[1:], expected[1:], _sums_of_magnitudes(grad, *arguments), strict=True):
         assert_same_sum(ours, wanted, magnitude)
 
 
@@ -80,9 +78,7 @@ def test_every_number_of_candidates(candidates, name, cases, device, assert_same
 
 
 @pytest.mark.parametrize("name", ["4099 values", "wide rows", "channels innermost"])
-def test_a_program_that_adds_up_many_tiles(
-    name, cases, device, assert_same_bits, assert_same_sum, monkeypatch
-):
+def test_a_program_that_adds_up_many_tiles(name, cases, device, assert_same_bits, assert_same_sum, monkeypatch):
     monkeypatch.setattr(layout, "_TARGET_PROGRAMS", 2)
     case = cases[name]
     arguments = _arguments(case.input(device), case.axis, 2)
@@ -128,9 +124,7 @@ def test_other_dtypes(name, dtype, cases, device, assert_same_rounded, assert_sa
     actual = kernels.mixed_fake_quant_backward(grad, *arguments)
     expected = reference.mixed_fake_quant_backward(grad, *arguments)
     assert_same_rounded(actual[0], expected[0])
-    for ours, wanted, magnitude in zip(
-        actual[1:], expected[1:], _sums_of_magnitudes(grad, *arguments), strict=True
-    ):
+    for ours, wanted, magnitude in zip(actual[1:], expected[1:], _sums_of_magnitudes(grad, *arguments), strict=True):
         assert_same_sum(ours, wanted, magnitude)
 
 

@@ -235,9 +235,7 @@ def test_channels_last_is_kept(cls, bits):
     output = layer(images)
     for tensor in (layer.weight, layer.weight_quantizer(layer.weight), layer.act_quantizer(images), output):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(
-        output, cls.from_float(conv, weight_bits=bits, act_bits=bits)(images.contiguous())
-    )
+    torch.testing.assert_close(output, cls.from_float(conv, weight_bits=bits, act_bits=bits)(images.contiguous()))
 
 
 def test_a_mixture_is_the_layer_of_the_mixed_tensors():

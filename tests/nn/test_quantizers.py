@@ -60,9 +60,7 @@ class TestWeightQuantizer:
         assert torch.equal(quantizer(torch.zeros(3, 5)), torch.zeros(3, 5))
 
     def test_mse_error_is_no_larger_than_that_of_lsq(self, weight):
-        errors = {
-            init: (WeightQuantizer(weight, 8, init=init)(weight) - weight).norm() for init in ("lsq", "mse")
-        }
+        errors = {init: (WeightQuantizer(weight, 8, init=init)(weight) - weight).norm() for init in ("lsq", "mse")}
         assert errors["mse"] < errors["lsq"]
 
     def test_initialize_sets_scales_and_floors_anew(self, weight):
@@ -126,9 +124,7 @@ class TestActQuantizer:
         quantizer(activation).square().sum().backward()
         plain = quantizer.scale.detach().requires_grad_()
         fake_quant(activation, plain, quant_min=-8, quant_max=7).square().sum().backward()
-        torch.testing.assert_close(
-            quantizer.scale.grad, plain.grad / math.sqrt(200 * 7)
-        )  # 2 * 4 * 5 * 5 values
+        torch.testing.assert_close(quantizer.scale.grad, plain.grad / math.sqrt(200 * 7))  # 2 * 4 * 5 * 5 values
 
     @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
     @pytest.mark.parametrize("assign", [True, False], ids=["assign", "copy"])
@@ -230,9 +226,7 @@ class TestTemperature:
             set_temperature(torch.nn.Linear(2, 2), 1.0)
 
 
-@pytest.mark.parametrize(
-    ("bits", "error"), [(1, ValueError), (9, ValueError), (4.0, TypeError), (True, TypeError)]
-)
+@pytest.mark.parametrize(("bits", "error"), [(1, ValueError), (9, ValueError), (4.0, TypeError), (True, TypeError)])
 def test_bits_are_checked(weight, bits, error):
     for make in (
         lambda: WeightQuantizer(weight, bits),

@@ -37,9 +37,7 @@ class TestEffectiveScale:
 
     def test_each_candidate_has_its_own_factor(self):
         factors = [[1.0], [7**-0.5]]
-        _, grad = self.use(
-            [[1.0, 1.0], [1.0, 1.0]], [[0.1, 0.1], [0.1, 0.1]], [[1.0, 2.0], [3.0, 4.0]], factors, 9
-        )
+        _, grad = self.use([[1.0, 1.0], [1.0, 1.0]], [[0.1, 0.1], [0.1, 0.1]], [[1.0, 2.0], [3.0, 4.0]], factors, 9)
         expected = torch.tensor([[1.0, 2.0], [3 / math.sqrt(7), 4 / math.sqrt(7)]]) / 3
         torch.testing.assert_close(grad, expected)
 
@@ -97,9 +95,7 @@ class TestMseScale:
 
     def test_channels_are_searched_independently(self):
         generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(3, 4, 5, 5, generator=generator) * torch.tensor([1e-3, 1.0, 50.0]).reshape(
-            3, 1, 1, 1
-        )
+        weight = torch.randn(3, 4, 5, 5, generator=generator) * torch.tensor([1e-3, 1.0, 50.0]).reshape(3, 1, 1, 1)
         together = mse_scale(weight, -8, 7, axis=0)
         alone = torch.stack([mse_scale(channel, -8, 7) for channel in weight])
         # Only the order of the sums differs, which may move the choice by one step of the fine grid.

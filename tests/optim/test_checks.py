@@ -37,9 +37,7 @@ BAD_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), BAD_OPTIONS, ids=[str(options) for options, _ in BAD_OPTIONS]
-)
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[str(options) for options, _ in BAD_OPTIONS])
 def test_option_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         ASGA([parameter(2)], **options)

@@ -240,9 +240,7 @@ class TestBadInput:
     def test_costs_and_limits_are_integers(self):
         with pytest.raises(TypeError, match=r"limits\['bitops'\] is 1.5; an integer is needed"):
             solve(self.SCORES, self.COSTS, {"bitops": 1.5})
-        with pytest.raises(
-            TypeError, match=r"costs\['bitops'\]\['a'\] has dtype float64; integers are needed"
-        ):
+        with pytest.raises(TypeError, match=r"costs\['bitops'\]\['a'\] has dtype float64; integers are needed"):
             solve(self.SCORES, {"bitops": {n: np.array([[1.0, 2.0]]) for n in "ab"}}, {"bitops": 9})
 
 

@@ -10,9 +10,7 @@ from asga.search.space import LayerChoices, SearchSpace, SpaceChoices
 
 def small_net() -> nn.Module:
     blocks = {name: nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)) for name in ("a", "b")}
-    return nn.ModuleDict(
-        {"stem": nn.Conv2d(3, 4, 3), **blocks, "embed": nn.Embedding(5, 4), "head": nn.Linear(4, 2)}
-    )
+    return nn.ModuleDict({"stem": nn.Conv2d(3, 4, 3), **blocks, "embed": nn.Embedding(5, 4), "head": nn.Linear(4, 2)})
 
 
 NAMES = ("stem", "a.0", "a.2", "b.0", "b.2", "head")

@@ -27,9 +27,8 @@ void forward_strip(const scalar_t* input, scalar_t* output, int64_t vectors, int
 }
 
 template <typename scalar_t>
-void backward_strip(const scalar_t* grad, const scalar_t* input, scalar_t* grad_input, int64_t vectors,
-                    int64_t stride, const LaneGrids<vector_t<scalar_t>>& grids,
-                    LaneSums<vector_t<scalar_t>>& sums) {
+void backward_strip(const scalar_t* grad, const scalar_t* input, scalar_t* grad_input, int64_t vectors, int64_t stride,
+                    const LaneGrids<vector_t<scalar_t>>& grids, LaneSums<vector_t<scalar_t>>& sums) {
   using V = vector_t<scalar_t>;
   const LaneGrids<V> local = grids;
   LaneSums<V> total = sums;
@@ -54,8 +53,7 @@ LaneGrids<V> lane_grids(const Grids<compute>& grids, int64_t first, int64_t coun
 
 // `count` < 16 values through a strip, by way of full vectors on the stack.
 template <typename scalar_t>
-void forward_tail(const scalar_t* input, scalar_t* output, int64_t count,
-                  const LaneGrids<vector_t<scalar_t>>& grids) {
+void forward_tail(const scalar_t* input, scalar_t* output, int64_t count, const LaneGrids<vector_t<scalar_t>>& grids) {
   scalar_t x[kLanes], y[kLanes];
   copy_tail(x, input, count);
   forward_strip(x, y, 1, kLanes, grids);
@@ -113,8 +111,7 @@ void backward(const Work& work, const Grids<compute_t<scalar_t>>& grids, const s
       LaneSums<V> sums = {};
       const int64_t whole = piece.count / kLanes * kLanes;
       backward_strip(g, x, dx, whole / kLanes, kLanes, lanes, sums);
-      if (whole < piece.count)
-        backward_tail(g + whole, x + whole, dx + whole, piece.count - whole, lanes, sums);
+      if (whole < piece.count) backward_tail(g + whole, x + whole, dx + whole, piece.count - whole, lanes, sums);
       out[0] = sum_lanes(sums.scale);
       out[1] = sum_lanes(sums.outside);
       continue;

@@ -30,8 +30,8 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
 #define ASGA_INLINE inline __attribute__((always_inline))
 
-// A loop over candidates: with 32 registers all of its constants stay in them; with 16 they come from memory anyway, and
-// unrolling would only make the compilation three times longer.
+// A loop over candidates: with 32 registers all of its constants stay in them; with 16 they come from memory anyway,
+// and unrolling would only make the compilation three times longer.
 #if defined(__AVX512F__)
 #define ASGA_UNROLL _Pragma("GCC unroll 8")
 #else
@@ -106,8 +106,7 @@ ASGA_INLINE Floats load(const BFloat16* from) {
 ASGA_INLINE Floats load(const Half* from) {
   Floats value;
 #if defined(__AVX512F__)
-  value = reinterpret_cast<Floats>(
-      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  value = reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__F16C__)
   const __m256 parts[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
                            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)))};

@@ -8,8 +8,7 @@ namespace {
 // Sixteen values with the parameters of their grids.
 template <typename V>
 struct LaneGrids {
-  V inverse[kMaxCandidates], weight[kMaxCandidates], low[kMaxCandidates], high[kMaxCandidates],
-      probs[kMaxCandidates];
+  V inverse[kMaxCandidates], weight[kMaxCandidates], low[kMaxCandidates], high[kMaxCandidates], probs[kMaxCandidates];
 };
 
 template <typename V>
@@ -40,9 +39,8 @@ void forward_strip(const scalar_t* input, scalar_t* output, int64_t vectors, int
 }
 
 template <typename scalar_t, int K>
-void backward_strip(const scalar_t* grad, const scalar_t* input, scalar_t* grad_input, int64_t vectors,
-                    int64_t stride, const LaneGrids<vector_t<scalar_t>>& grids,
-                    LaneSums<vector_t<scalar_t>>& sums) {
+void backward_strip(const scalar_t* grad, const scalar_t* input, scalar_t* grad_input, int64_t vectors, int64_t stride,
+                    const LaneGrids<vector_t<scalar_t>>& grids, LaneSums<vector_t<scalar_t>>& sums) {
   using V = vector_t<scalar_t>;
   V inverse[K], low[K], high[K], probs[K], residual[K], rounded[K];
   for (int k = 0; k < K; ++k) {
@@ -79,9 +77,8 @@ using BackwardStrip = decltype(&backward_strip<scalar_t, 1>);
 template <typename scalar_t>
 ForwardStrip<scalar_t> forward_strip_for(int candidates) {
   static constexpr ForwardStrip<scalar_t> strips[kMaxCandidates] = {
-      forward_strip<scalar_t, 1>, forward_strip<scalar_t, 2>, forward_strip<scalar_t, 3>,
-      forward_strip<scalar_t, 4>, forward_strip<scalar_t, 5>, forward_strip<scalar_t, 6>,
-      forward_strip<scalar_t, 7>, forward_strip<scalar_t, 8>};
+      forward_strip<scalar_t, 1>, forward_strip<scalar_t, 2>, forward_strip<scalar_t, 3>, forward_strip<scalar_t, 4>,
+      forward_strip<scalar_t, 5>, forward_strip<scalar_t, 6>, forward_strip<scalar_t, 7>, forward_strip<scalar_t, 8>};
   return strips[candidates - 1];
 }
 
@@ -112,8 +109,8 @@ LaneGrids<V> lane_grids(const MixedGrids<compute>& grids, int64_t first, int64_t
 
 // `count` < 16 values through a strip, by way of full vectors on the stack.
 template <typename scalar_t>
-void forward_tail(const scalar_t* input, scalar_t* output, int64_t count,
-                  const LaneGrids<vector_t<scalar_t>>& grids, ForwardStrip<scalar_t> strip) {
+void forward_tail(const scalar_t* input, scalar_t* output, int64_t count, const LaneGrids<vector_t<scalar_t>>& grids,
+                  ForwardStrip<scalar_t> strip) {
   scalar_t x[kLanes], y[kLanes];
   copy_tail(x, input, count);
   strip(x, y, 1, kLanes, grids);
@@ -174,8 +171,7 @@ void backward(const Work& work, const MixedGrids<compute_t<scalar_t>>& grids, co
       LaneSums<V> sums = {};
       const int64_t whole = piece.count / kLanes * kLanes;
       strip(g, x, dx, whole / kLanes, kLanes, lanes, sums);
-      if (whole < piece.count)
-        backward_tail(g + whole, x + whole, dx + whole, piece.count - whole, lanes, sums, strip);
+      if (whole < piece.count) backward_tail(g + whole, x + whole, dx + whole, piece.count - whole, lanes, sums, strip);
       for (int k = 0; k < grids.candidates; ++k) {
         out[2 * k] = sum_lanes(sums.residual[k]);
         out[2 * k + 1] = sum_lanes(sums.rounded[k]);

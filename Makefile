@@ -1,0 +1,72 @@
+# Needs python3 (3.10 or newer), a C++ compiler and make; everything else is installed into .venv.
+#
+#   PYTHON   the Python to start from. If it has torch >= 2.10, such as a build for your GPU, that torch is used.
+#   TORCH    what pip installs otherwise. For another build, such as one for CUDA 13.0:
+#            make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+#   PYTEST   arguments for pytest, as in: make test PYTEST="tests/ops -x"
+#
+# The CUDA library is built where nvcc is found; ASGA_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS work as setup.py says.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PYTEST ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+HAS_TORCH := import torch; raise SystemExit(torch.__version__ < "2.10")
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CXX_SOURCES := $(filter csrc/%,$(SOURCES))
+# .venv/NAME.stamp says that the package is installed and its libraries are as new as their sources.
+INSTALLED := $(addprefix $(VENV)/,build.stamp demo.stamp test.stamp)
+
+.PHONY: help demo test build lint format clean
+
+help:  ## Show these lines.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: $(VENV)/demo.stamp  ## Search a policy on digits, carry it to other digits, print the table (about 8 minutes).
+	$(BIN)/asga demo
+
+test: $(VENV)/test.stamp  ## Run the tests.
+	$(BIN)/python -m pytest $(PYTEST)
+
+build: $(VENV)/build.stamp  ## Install the package into .venv in editable mode, compiled libraries included.
+
+lint: $(VENV)/lint.stamp  ## Check style and formatting.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/lint.stamp  ## Format the sources in place.
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:  ## Remove the environment and everything built. Runs are kept.
+	rm -rf $(VENV) build dist *.egg-info asga/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find asga kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/demo.stamp: EXTRAS := [search,report]
+$(VENV)/test.stamp: EXTRAS := [test]
+$(INSTALLED): $(VENV)/python.stamp $(SOURCES)
+	@echo "Compiling and installing asga$(EXTRAS)"
+	@$(PIP) install --no-build-isolation -e ".$(EXTRAS)"
+	@touch $@
+
+# Formatters change their minds from version to version, so these are pinned.
+$(VENV)/lint.stamp: $(VENV)/python.stamp
+	@echo "Installing ruff and clang-format"
+	@$(PIP) install ruff==0.17.6 clang-format==23.1.5
+	@touch $@
+
+$(VENV)/python.stamp:
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then site=--system-site-packages; fi; \
+	$(PYTHON) -m venv --clear $$site $(VENV)
+	@if $(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null; then echo "Using the torch of $(PYTHON)"; \
+	else echo "Installing $(TORCH)"; $(PIP) install $(TORCH); fi
+	@echo "Installing what the build needs"
+	@$(PIP) install "setuptools>=77" wheel ninja numpy
+	@touch $@

@@ -1,0 +1,46 @@
+"""The command line: ``asga search | transfer | evaluate | demo | info``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import asga
+from asga.cli import demo, evaluate, info, search, transfer
+
+_COMMANDS = (search, transfer, evaluate, demo, info)
+# What a user can cause and mend: shown as one line, without a traceback.
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, asga.TrainingError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Without the program's name; None: those of the process.
+
+    Returns:
+        The exit status: 0, 1 for an error that the message explains, 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(
+        prog="asga", description="Mixed-precision quantization: search bit-widths on a small dataset, carry them over."
+    )
+    parser.add_argument("--version", action="version", version=f"asga {asga.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        name = command.__name__.rpartition(".")[2]
+        sub = commands.add_parser(
+            name, help=command.HELP, description=command.HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        hint = f" Go on with the same command and --resume: {options.out}" if getattr(options, "out", None) else ""
+        print(f"\nasga: stopped.{hint}", file=sys.stderr)
+        return 130
+    except _USER_ERRORS as error:
+        print(f"asga: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,145 @@
+"""Options that several commands share, and what is built from them: data, models, budgets."""
+
+import argparse
+import re
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from asga.cli.console import Console
+from asga.data import Batches, open_dataset
+from asga.models import build_model
+from asga.search import Budget
+
+# Up to this side the stems of ImageNet models would leave next to nothing of an image: 32 pixels become 1.
+_SMALL_IMAGE = 64
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """--data and what to take of it."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", required=True, help="digits, imagefolder:PATH or cifar10:PATH")
+    group.add_argument("--limit", type=int, help="train on this many images, equally many of each class")
+    group.add_argument("--image-size", type=int, help="resize images to this side; default: as they are")
+    group.add_argument("--batch-size", type=int, default=128)
+
+
+def add_training_options(parser: argparse.ArgumentParser, *, epochs: int, float_epochs: int) -> None:
+    """Epochs, where the float model comes from, device and precision."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=epochs)
+    group.add_argument("--method", choices=("asga", "sgd"), default="asga", help="sgd: one pass a step, to compare")
+    group.add_argument("--init", metavar="FILE", help="weights of the float model (a state dict); default: train one")
+    group.add_argument("--float-epochs", type=int, default=float_epochs, help="epochs to train the float model")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, out: str) -> None:
+    """The run folder."""
+    group = parser.add_argument_group("run folder")
+    group.add_argument("--out", default=out, metavar="FOLDER", help="where checkpoints and results go")
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out")
+
+
+def recorded(options: argparse.Namespace) -> dict[str, object]:
+    """The options as they go into ``config.json``: without those that do not change what is computed."""
+    left_out = ("run", "command", "out", "resume")
+    return {name: value for name, value in vars(options).items() if name not in left_out}
+
+
+def open_batches(options: argparse.Namespace, console: Console) -> tuple[Batches, Batches]:
+    """Training and validation batches of --data; the training ones augmented."""
+
+    def read(split: str, limit: int | None) -> object:
+        with console.reading(f"reading {options.data} ({split})") as progress:
+            return open_dataset(
+                options.data, split, image_size=options.image_size, limit=limit, seed=options.seed, progress=progress
+            )
+
+    train = Batches(
+        read("train", options.limit),
+        options.batch_size,
+        shuffle=True,
+        augment=True,
+        seed=options.seed,
+        device=options.device,
+    )
+    return train, validation_batches(read("val", None), train, options.device)
+
+
+def validation_batches(dataset: object, train: Batches, device: str) -> Batches:
+    """Batches for evaluation, normalized as those for training."""
+    # 512 images of any size that fits in memory; evaluation keeps no activations.
+    return Batches(dataset, 512, shuffle=False, augment=False, mean=train.mean, std=train.std, device=device)
+
+
+def model_factory(name: str, batches: Batches, device: str) -> Callable[[int], nn.Module]:
+    """A function from seed to a new model that fits the images and classes of `batches`."""
+    channels, side, _ = batches.dataset.image_shape
+    small = name in ("resnet18", "mobilenet_v2") and side <= _SMALL_IMAGE
+
+    def build(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        extra = {"small_images": True} if small else {}
+        return build_model(name, batches.dataset.num_classes, channels, **extra).to(device)
+
+    return build
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a state dict, with an error that names the file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no state dict of this model.
+    """
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        model.load_state_dict(state)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except Exception as error:  # torch.load raises many types for a damaged file
+        raise ValueError(f"{path} does not hold the weights of this model: {error}") from error
+
+
+def autocast_dtype(options: argparse.Namespace) -> torch.dtype | None:
+    """What --precision means for autocast."""
+    return torch.bfloat16 if options.precision == "bfloat16" else None
+
+
+def parse_budget(text: str) -> Budget:
+    """A budget such as ``bitops=w4a4`` or ``bitops=1.2G,size=1.5MB``.
+
+    Raises:
+        argparse.ArgumentTypeError: It cannot be read.
+    """
+    try:
+        parts = dict(part.split("=", 1) for part in text.split(","))
+        return Budget(**parts)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a budget such as bitops=w4a4 or bitops=1.2G,size=1.5MB ({error})"
+        ) from None
+
+
+def parse_bits(text: str) -> tuple[int, ...]:
+    """Bit-widths such as ``2,3,4,6,8``."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of bit-widths such as 2,3,4,6,8") from None
+
+
+def parse_uniform(text: str) -> tuple[int, int]:
+    """Weight and activation bits such as ``w4a4``.
+
+    Raises:
+        ValueError: It is nothing of the kind.
+    """
+    match = re.fullmatch(r"w([2-8])a([2-8])", text)
+    if match is None:
+        raise ValueError(f"--compare: {text!r} is not a uniform policy such as w4a4, with 2 to 8 bits")
+    return int(match[1]), int(match[2])

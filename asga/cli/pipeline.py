@@ -1,0 +1,171 @@
+"""The steps that commands are made of: a float model, a transfer, their results. Each is passed over when resuming."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from asga._files import save_tensors, write_json
+from asga.cli.console import Console
+from asga.convert import quantize
+from asga.data import Batches
+from asga.policy import Policy
+from asga.runs import RunFolder
+from asga.search.costs import Costs
+from asga.transfer import TransferTrainer
+
+# A float model is trained from scratch: a learning rate and a weight decay usual for small ResNets (He et al. 2016,
+# section 4.2: 0.1 and 1e-4; 5e-4 has become customary on CIFAR).
+_FLOAT_LR, _FLOAT_WEIGHT_DECAY = 0.1, 5e-4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all steps of a command have in common."""
+
+    folder: RunFolder
+    console: Console
+    train: Batches
+    val: Batches
+    autocast: torch.dtype | None
+
+
+def float_model(
+    setting: Setting, build: Callable[[int], nn.Module], *, epochs: int, seed: int, stage: str = "float"
+) -> tuple[nn.Module, dict[str, object]]:
+    """A trained float model, and its record (top1, loss, seconds) on the validation batches."""
+    model = build(seed)
+    record = _finished(setting, stage, model)
+    if record is None:
+        trainer = TransferTrainer(
+            model,
+            epochs=epochs,
+            method="sgd",
+            lr=_FLOAT_LR,
+            weight_decay=_FLOAT_WEIGHT_DECAY,
+            validate_every=max(1, epochs // 5),
+            autocast=setting.autocast,
+            folder=setting.folder,
+            progress=setting.console.progress,
+            stage=stage,
+        )
+        record = _fit(setting, trainer)
+    setting.console.note(f"{stage}: top-1 {record['top1']:.1%}")
+    return model, record
+
+
+def transferred(
+    setting: Setting,
+    model: nn.Module,
+    policy: Policy,
+    *,
+    epochs: int,
+    method: str,
+    stage: str,
+    seed: int,
+) -> tuple[nn.Module, dict[str, object]]:
+    """A float model quantized by a policy and fine-tuned, and its record on the validation batches."""
+    torch.manual_seed(seed)
+    # The same images in another order: what differs between two seeds besides the float model.
+    train = setting.train.with_seed(seed)
+    quantized = quantize(model, policy)
+    record = _finished(setting, stage, quantized)
+    if record is None:
+        trainer = TransferTrainer(
+            quantized,
+            epochs=epochs,
+            method=method,
+            autocast=setting.autocast,
+            folder=setting.folder,
+            progress=setting.console.progress,
+            stage=stage,
+        )
+        record = _fit(setting, trainer, train)
+    setting.console.note(f"{stage}: top-1 {record['top1']:.1%}")
+    return quantized, record
+
+
+def table_row(
+    name: str,
+    records: list[dict[str, object]],
+    *,
+    bits: str,
+    costs: Costs | None = None,
+    bitops_share: float | None = None,
+) -> dict[str, object]:
+    """A row of ``result.json``: top-1 and loss over seeds, and what the policy costs."""
+    top1 = [record["top1"] for record in records]
+    return {
+        "name": name,
+        "weight_bits": bits,
+        "bitops": None if costs is None else costs.bitops,
+        "size_bytes": None if costs is None else costs.size_bytes,
+        "bitops_share": bitops_share,
+        "top1": top1,
+        "top1_mean": statistics.fmean(top1),
+        "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
+        "loss_mean": statistics.fmean(record["loss"] for record in records),
+        "seeds": len(records),
+        "seconds": statistics.fmean(record["seconds"] for record in records),
+    }
+
+
+def show_table(console: Console, title: str, table: list[dict[str, object]]) -> None:
+    """Print rows of `table_row`."""
+    rows = []
+    for row in table:
+        spread = "" if row["top1_std"] is None else f" ± {row['top1_std']:.1%}"
+        rows.append(
+            {
+                "model": row["name"],
+                "bits": row["weight_bits"],
+                "top-1": f"{row['top1_mean']:.1%}{spread}",
+                "loss": f"{row['loss_mean']:.3f}",
+                "BitOps": "" if row["bitops"] is None else f"{row['bitops'] / 1e6:,.1f} M",
+                "of budget": "" if row["bitops_share"] is None else f"{row['bitops_share']:.1%}",
+                "weights": "" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e3:,.1f} kB",
+                "training": f"{row['seconds']:.0f} s",
+            }
+        )
+    console.table(title, rows)
+
+
+def finish_run(folder: RunFolder, result: dict[str, object], policy: Policy, console: Console) -> None:
+    """Write ``result.json``, ``policy.json``, ``policy.png`` and ``report.html``, and say where they are."""
+    write_json(folder.path / "result.json", result)
+    policy.save(folder.path / "policy.json")
+    written = "policy.json, result.json"
+    try:
+        from asga.report import save_policy_figure, write_report
+
+        save_policy_figure(policy, folder.path / "policy.png")
+        write_report(folder.path)
+        written += ", policy.png, report.html"
+    except ImportError as error:
+        console.note(f"no figures: {error}")
+    console.note(f"{folder.path}: {written}")
+
+
+def _fit(setting: Setting, trainer: TransferTrainer, train: Batches | None = None) -> dict[str, object]:
+    started = time.perf_counter()
+    found = trainer.fit(train if train is not None else setting.train, setting.val).evaluation
+    record = {**asdict(found), "seconds": time.perf_counter() - started}
+    save_tensors(_weights(setting, trainer.stage), trainer.model.state_dict())
+    setting.folder.finish(trainer.stage, record)
+    return record
+
+
+def _finished(setting: Setting, stage: str, model: nn.Module) -> dict[str, object] | None:
+    """The record of a stage that an earlier run of this folder completed; its weights are loaded."""
+    record = setting.folder.finished(stage)
+    if record is not None:
+        state: dict[str, Tensor] = torch.load(_weights(setting, stage), weights_only=True)
+        model.load_state_dict(state)
+    return record
+
+
+def _weights(setting: Setting, stage: str) -> str:
+    return setting.folder.path / f"{stage.replace('/', '-')}.pt"

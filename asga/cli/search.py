@@ -1,0 +1,125 @@
+"""``asga search``: find a bit-width policy on a proxy dataset."""
+
+import argparse
+import time
+
+import torch
+
+from asga.cli.console import Console
+from asga.cli.options import (
+    add_data_options,
+    add_run_options,
+    add_training_options,
+    autocast_dtype,
+    load_weights,
+    model_factory,
+    open_batches,
+    parse_bits,
+    parse_budget,
+    recorded,
+)
+from asga.cli.pipeline import Setting, finish_run, float_model
+from asga.data import Batches
+from asga.runs import RunFolder
+from asga.search import PolicySearcher, SearchResult, SearchSpace
+
+HELP = "search a bit-width policy on a small dataset"
+
+# Below this difference of log-probabilities the better candidate is at most 1.1 times as likely as the next.
+TOSS_UP = 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("--model", required=True, help="resnet20, resnet18, mobilenet_v2 or package.module:factory")
+    parser.add_argument(
+        "--budget", required=True, help="what the policy may cost: bitops=w4a4, or bitops=1.2G,size=1.5MB"
+    )
+    parser.add_argument("--target-size", type=int, help="count BitOps at this image side instead of the proxy's")
+    space = parser.add_argument_group("search space")
+    space.add_argument("--weight-bits", default="2,3,4,6,8", help="candidates")
+    space.add_argument("--act-bits", default="2,3,4,6,8", help="candidates")
+    space.add_argument("--first-last", type=int, default=8, help="bits of the first and last layer; 0: searched too")
+    add_data_options(parser)
+    add_training_options(parser, epochs=5, float_epochs=15)
+    add_run_options(parser, out="runs/search")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Search and write the run folder."""
+    budget = parse_budget(options.budget)
+    space = SearchSpace(
+        weight_bits=parse_bits(options.weight_bits),
+        act_bits=parse_bits(options.act_bits),
+        first_last=options.first_last or None,
+    )
+    with Console() as console:
+        train, val = open_batches(options, console)
+        build = model_factory(options.model, train, options.device)
+        space.choices(build(options.seed))  # complain before anything is written
+        folder = RunFolder(options.out, "search", recorded(options), resume=options.resume)
+        setting = Setting(folder, console, train, val, autocast_dtype(options))
+        model = build(options.seed)
+        if options.init is not None:
+            load_weights(model, options.init)
+        else:
+            model, _ = float_model(setting, build, epochs=options.float_epochs, seed=options.seed)
+
+        searcher = PolicySearcher(
+            model,
+            space,
+            budget=budget,
+            epochs=options.epochs,
+            method=options.method,
+            example_inputs=example_inputs(train, options.target_size),
+            autocast=setting.autocast,
+            folder=folder,
+            progress=console.progress,
+            meta={"architecture": options.model, "proxy": options.data.partition(":")[0], "method": options.method},
+        )
+        started = time.perf_counter()
+        result = searcher.fit(train)
+        seconds = time.perf_counter() - started
+        result.save(folder.path / "search.json")
+        console.note(str(result.policy))
+        for line in describe(result):
+            console.note(line)
+        summary = {"command": "search", "seconds": seconds, **findings(result)}
+        finish_run(folder, summary, result.policy, console)
+
+
+def example_inputs(batches: Batches, side: int | None) -> torch.Tensor:
+    """One image of the size that costs are to be counted at."""
+    channels, height, width = batches.dataset.image_shape
+    return torch.zeros(1, channels, side or height, side or width)
+
+
+def findings(result: SearchResult) -> dict[str, object]:
+    """What ``result.json`` says about a search."""
+    gaps = result.gaps()
+    toss_ups = sum(gap < TOSS_UP for layer in gaps.values() for gap in layer.values())
+    return {
+        "logit_gaps": gaps,
+        "toss_ups": toss_ups,
+        "choices": sum(len(layer) for layer in gaps.values()),
+        "cost_shares": {
+            "expected": result.expected_cost,
+            "most_likely": result.cost_shares(result.most_likely()),
+            "policy": result.cost_shares(result.policy),
+        },
+    }
+
+
+def describe(result: SearchResult) -> list[str]:
+    """The same in sentences."""
+    found = findings(result)
+    lines = []
+    for metric, share in found["cost_shares"]["policy"].items():
+        expected, likely = (found["cost_shares"][key][metric] for key in ("expected", "most_likely"))
+        lines.append(
+            f"{metric}: policy {share:.1%} of the budget (expected at the end {expected:.1%}, "
+            f"likeliest candidates {likely:.1%})"
+        )
+    if found["toss_ups"]:
+        lines.append(f"{found['toss_ups']} of {found['choices']} choices were toss-ups (gap below {TOSS_UP})")
+    return lines

@@ -1,0 +1,105 @@
+"""``asga transfer``: put a policy into a model for the target dataset and fine-tune it there."""
+
+import argparse
+import time
+
+from asga._files import save_tensors
+from asga.cli.console import Console
+from asga.cli.options import (
+    add_data_options,
+    add_run_options,
+    add_training_options,
+    autocast_dtype,
+    load_weights,
+    model_factory,
+    open_batches,
+    parse_uniform,
+    recorded,
+)
+from asga.cli.pipeline import Setting, finish_run, float_model, show_table, table_row, transferred
+from asga.cli.search import example_inputs
+from asga.policy import Policy
+from asga.runs import RunFolder
+from asga.search import SearchSpace
+from asga.search.costs import policy_costs, profile_layers
+from asga.training import evaluate
+
+HELP = "fine-tune a model with a policy on the target dataset"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("--policy", required=True, metavar="FILE", help="policy.json of a search")
+    parser.add_argument("--model", help="default: the architecture that the policy names")
+    parser.add_argument(
+        "--compare",
+        nargs="*",
+        default=[],
+        metavar="wXaY",
+        help="also fine-tune uniform policies, first and last layer as in the policy",
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="fine-tune this many times")
+    add_data_options(parser)
+    add_training_options(parser, epochs=3, float_epochs=20)
+    add_run_options(parser, out="runs/transfer")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Fine-tune, evaluate and write the run folder."""
+    policy = Policy.load(options.policy)
+    architecture = options.model or policy.meta.get("architecture")
+    if not architecture:
+        raise ValueError("--model is needed: the policy does not name its architecture")
+    if options.seeds < 1:
+        raise ValueError(f"--seeds is {options.seeds}; it must be at least 1")
+    started = time.perf_counter()
+    with Console() as console:
+        train, val = open_batches(options, console)
+        build = model_factory(architecture, train, options.device)
+        model = build(options.seed)
+        choices = _space_of(policy).choices(model)
+        policy.check_against(choices.names)
+        profiles = profile_layers(model, example_inputs(train, None).to(options.device), choices.names)
+        policies = {"searched": policy}
+        for word in options.compare:
+            policies[f"uniform {word}"] = choices.uniform(*parse_uniform(word))
+        costs = {name: policy_costs(profiles, found) for name, found in policies.items()}
+
+        folder = RunFolder(options.out, "transfer", recorded(options), resume=options.resume)
+        setting = Setting(folder, console, train, val, autocast_dtype(options))
+        if options.init is not None:
+            load_weights(model, options.init)
+            found = evaluate(model, val, autocast=setting.autocast)
+            record = {"top1": found.top1, "loss": found.loss, "seconds": 0.0}
+        else:
+            model, record = float_model(setting, build, epochs=options.float_epochs, seed=options.seed)
+        table = [table_row("float", [record], bits="32/32")]
+        for name, found_policy in policies.items():
+            records = []
+            for seed in range(options.seed, options.seed + options.seeds):
+                quantized, record = transferred(
+                    setting,
+                    model,
+                    found_policy,
+                    epochs=options.epochs,
+                    method=options.method,
+                    stage=f"{name}/seed{seed}",
+                    seed=seed,
+                )
+                records.append(record)
+                if name == "searched" and seed == options.seed:
+                    save_tensors(folder.path / "model.pt", quantized.state_dict())
+            share = costs[name].bitops / costs["searched"].bitops
+            bits = "mixed" if name == "searched" else name.removeprefix("uniform ")
+            table.append(table_row(name, records, bits=bits, costs=costs[name], bitops_share=share))
+        show_table(console, f"{options.data.partition(':')[0]}, {architecture}", table)
+        result = {"command": "transfer", "seconds": time.perf_counter() - started, "table": table}
+        finish_run(folder, result, policy, console)
+
+
+def _space_of(policy: Policy) -> SearchSpace:
+    """The space whose uniform policies pin what the policy pins: its first and last layer."""
+    first, *_, last = policy.values()
+    if first == last and first.weight_bits is not None and first.act_bits is not None:
+        return SearchSpace(first_last=(first.weight_bits, first.act_bits))
+    return SearchSpace(first_last=None)
