@@ -1,6 +1,7 @@
 # Needs python3 (3.10 or newer), a C++ compiler and make; everything else is installed into .venv.
 #
-#   PYTHON   the Python to start from. If it has torch >= 2.10, such as a build for your GPU, that torch is used.
+#   PYTHON   the Python to start from. If it has torch >= 2.10, such as a build for your GPU, that torch is used
+#            (unless it lives in a virtual environment, which cannot be extended by another).
 #   TORCH    what pip installs otherwise. For another build, such as one for CUDA 13.0:
 #            make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
 #   PYTEST   arguments for pytest, as in: make test PYTEST="tests/ops -x"
@@ -21,6 +22,8 @@ CXX_SOURCES := $(filter csrc/%,$(SOURCES))
 # .venv/NAME.stamp says that the package is installed and its libraries are as new as their sources.
 INSTALLED := $(addprefix $(VENV)/,build.stamp demo.stamp test.stamp)
 
+# Two goals at once would build in the same folders.
+.NOTPARALLEL:
 .PHONY: help demo test build lint format clean
 
 help:  ## Show these lines.
@@ -46,7 +49,7 @@ format: $(VENV)/lint.stamp  ## Format the sources in place.
 
 clean:  ## Remove the environment and everything built. Runs are kept.
 	rm -rf $(VENV) build dist *.egg-info asga/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find asga kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+	find asga kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/demo.stamp: EXTRAS := [search,report]
 $(VENV)/test.stamp: EXTRAS := [test]

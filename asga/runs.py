@@ -28,7 +28,8 @@ class RunFolder:
         resume: Go on with the run that is there. Without it, a folder that holds a run is refused.
 
     Raises:
-        RunExistsError: The folder holds a run and `resume` is not set, or it holds one with other options.
+        RunExistsError: The folder holds a run and `resume` is not set, or it holds one with other options, or
+            what is left of one without its configuration.
         FileNotFoundError: `resume` is set but no run is there.
         ValueError: ``config.json`` cannot be read.
     """
@@ -42,6 +43,8 @@ class RunFolder:
             self._check_existing(config_path, command, options, resume)
         elif resume:
             raise FileNotFoundError(f"{self.path} holds no run to resume (config.json is missing)")
+        elif self._checkpoint.exists() or self._stages_path.exists():
+            raise RunExistsError(f"{self.path} holds a run whose config.json is missing; choose another folder")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(
@@ -57,8 +60,9 @@ class RunFolder:
 
     def log(self, **record: object) -> None:
         """Append one line to ``metrics.jsonl``."""
+        line = json.dumps(record, allow_nan=False) + "\n"
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(line)
 
     def save_checkpoint(self, state: dict[str, object]) -> None:
         """Replace the checkpoint. It remembers how long the metrics were, so that resuming drops later lines."""
@@ -78,7 +82,10 @@ class RunFolder:
             checkpoint = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
             state, size = checkpoint["state"], checkpoint["metrics_size"]
         except Exception as error:  # torch.load raises many types for a damaged file
-            raise ValueError(f"{self._checkpoint} cannot be read: {error}") from error
+            raise ValueError(
+                f"{self._checkpoint} cannot be read as a checkpoint ({type(error).__name__}). Delete it to begin this "
+                f"stage anew"
+            ) from error
         if size < self._metrics_size():
             os.truncate(metrics, size)
         return state
@@ -94,16 +101,24 @@ class RunFolder:
             stage: Its name.
             record: What it found: plain JSON values.
         """
-        write_json(self.path / "stages.json", {**self._stages(), stage: record})
+        write_json(self._stages_path, {**self._stages(), stage: record})
         self.save_checkpoint({"stage": None})
 
     @property
     def _checkpoint(self) -> Path:
         return self.path / "checkpoint.pt"
 
+    @property
+    def _stages_path(self) -> Path:
+        return self.path / "stages.json"
+
     def _stages(self) -> dict[str, dict[str, object]]:
-        path = self.path / "stages.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not self._stages_path.exists():
+            return {}
+        try:
+            return json.loads(self._stages_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self._stages_path} cannot be read: {error}") from None
 
     def _metrics_size(self) -> int:
         metrics = self.path / "metrics.jsonl"
@@ -113,7 +128,7 @@ class RunFolder:
         try:
             config = json.loads(config_path.read_text(encoding="utf-8"))
             found = {"command": config["command"], **config["options"]}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{config_path} is not the configuration of a run: {error!r}") from None
         if not resume:
             raise RunExistsError(

@@ -6,7 +6,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
@@ -20,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 from asga.runs import RunFolder
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-# Steps in a row whose loss is not finite before training gives up: the optimizer skips such steps, so a few of them
+# Steps in a row whose loss is not finite before training gives up: the optimizers skip such steps, so a few of them
 # do no harm, but a network that has diverged does not come back.
 _MAX_BAD_STEPS = 10
 
@@ -87,7 +88,7 @@ def evaluate(
 
     Raises:
         ValueError: There is no batch.
-        TrainingError: A label is outside the model's classes.
+        TrainingError: A label is outside the model's classes, or a batch or an output is of another kind.
     """
     device = next(model.parameters()).device
     mode = model.training
@@ -95,10 +96,9 @@ def evaluate(
     loss = correct = torch.zeros((), dtype=torch.float64, device=device)
     images = 0
     try:
-        for inputs, labels in batches:
+        for inputs, labels in map(_check_pair, batches):
             inputs, labels = inputs.to(device), labels.to(device)
-            with autocast_to(device, autocast):
-                logits = model(inputs).float()
+            logits = class_logits(model, inputs, autocast)
             check_labels(labels, logits)
             loss = loss + loss_fn(logits, labels).double() * len(labels)
             correct = correct + (logits.argmax(1) == labels).sum()
@@ -139,6 +139,8 @@ class Stage:
         self._epoch = self._step = 0
         self._averages = _Averages()
         self._seconds = 0.0
+        self._history: list[dict[str, object]] = []
+        self._random_at_epoch = _random_state()
 
     def run(
         self,
@@ -156,27 +158,24 @@ class Stage:
             end_epoch: Returns what else to log; called with the epoch, counted from 1.
 
         Returns:
-            What was logged of each epoch of this call.
+            What was logged of each epoch, those before a resumption included.
 
         Raises:
             KeyboardInterrupt: A signal ended it; the checkpoint has been saved.
             ValueError: The loader is empty or has no length.
         """
-        if not isinstance(loader, Sized):
-            raise ValueError(f"loader is a {type(loader).__name__} without a length; a DataLoader or list is needed")
-        steps = len(loader)
-        if steps == 0:
-            raise ValueError("loader is empty: there is no batch to train on")
+        steps = count_batches(loader)
         self._resume()
-        history = []
         with _StopSignal() as stop:
             while self._epoch < self._epochs:
-                history.append(self._run_epoch(loader, steps, step, end_epoch, stop))
-        return history
+                self._run_epoch(loader, steps, step, end_epoch, stop)
+                if stop.requested:
+                    raise KeyboardInterrupt
+        return self._history
 
-    def _run_epoch(self, loader, steps: int, step, end_epoch, stop: "_StopSignal") -> dict[str, object]:
+    def _run_epoch(self, loader, steps: int, step, end_epoch, stop: "_StopSignal") -> None:
         started = time.perf_counter() - self._seconds
-        for inputs, labels in batches_from(loader, self._epoch, self._step):
+        for inputs, labels in self._batches(loader):
             self._averages.add(step(inputs, labels))
             self._step += 1
             self._seconds = time.perf_counter() - started
@@ -196,10 +195,21 @@ class Stage:
         }
         if self._folder is not None:
             self._folder.log(event="epoch", **record)
+        self._history.append(record)
         self._epoch, self._step, self._seconds = self._epoch + 1, 0, 0.0
         self._averages = _Averages()
         self._save()
-        return record
+
+    def _batches(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is left of the epoch. A loader draws its order when the epoch begins: from that random state."""
+        if self._step == 0:
+            self._random_at_epoch = _random_state()
+            return batches_from(loader, self._epoch)
+        now = _random_state()
+        _set_random_state(self._random_at_epoch)
+        batches = batches_from(loader, self._epoch, self._step)
+        _set_random_state(now)
+        return batches
 
     def _save(self) -> None:
         if self._folder is None:
@@ -209,9 +219,10 @@ class Stage:
             "epoch": self._epoch,
             "step": self._step,
             "seconds": self._seconds,
-            "averages": self._averages.sums,
-            "count": self._averages.count,
+            "averages": self._averages.state(),
+            "history": self._history,
             "random": _random_state(),
+            "random_at_epoch": self._random_at_epoch,
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
         }
         self._folder.save_checkpoint(state)
@@ -223,20 +234,62 @@ class Stage:
         for name, part in self._parts.items():
             part.load_state_dict(state["parts"][name])
         self._epoch, self._step, self._seconds = state["epoch"], state["step"], state["seconds"]
-        self._averages = _Averages(state["averages"], state["count"])
+        self._averages = _Averages(**state["averages"])
+        self._history, self._random_at_epoch = state["history"], state["random_at_epoch"]
         _set_random_state(state["random"])
 
 
 def batches_from(
     loader: Iterable[tuple[Tensor, Tensor]], epoch: int, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Iterate over epoch `epoch` of a loader from batch `start` on."""
+    """Iterate over epoch `epoch` of a loader from batch `start` on; earlier ones are passed over at once.
+
+    Raises:
+        TrainingError: A batch is no pair of tensors.
+    """
     for owner in (loader, getattr(loader, "sampler", None)):
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
     if hasattr(loader, "iterate"):
         return loader.iterate(start)
-    return itertools.islice(iter(loader), start, None)
+    batches = iter(loader)
+    for _ in itertools.islice(batches, start):
+        pass
+    return map(_check_pair, batches)
+
+
+def finite_batches(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Leave out batches with NaN or infinities, which would spoil what is measured on them."""
+    return ((inputs, labels) for inputs, labels in batches if torch.isfinite(inputs).all())
+
+
+def first_batches(loader: Iterable[tuple[Tensor, Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
+    """Up to `count` batches of epoch 0 to calibrate on, those with NaN or infinities left out.
+
+    Raises:
+        TrainingError: None is left.
+    """
+    found = list(itertools.islice(finite_batches(batches_from(loader, 0)), count))
+    if not found:
+        raise TrainingError("every batch of the loader holds NaN or infinities")
+    return found
+
+
+def count_batches(loader: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """How many batches an epoch has.
+
+    Raises:
+        ValueError: None, or the loader has no length.
+    """
+    try:
+        count = len(loader)
+    except TypeError:  # of an object without a length, or of a DataLoader over such a dataset
+        raise ValueError(
+            f"loader is a {type(loader).__name__} without a length; a DataLoader or a list is needed"
+        ) from None
+    if count == 0:
+        raise ValueError("loader is empty: there is no batch")
+    return count
 
 
 def cosine_with_warmup(optimizer: Optimizer, steps: int, warmup: int) -> LambdaLR:
@@ -256,9 +309,14 @@ def cosine_with_warmup(optimizer: Optimizer, steps: int, warmup: int) -> LambdaL
 
 
 class LossWatch:
-    """Counts steps whose loss is not finite and gives up when they do not end."""
+    """Counts steps whose loss is not finite and gives up when they do not end.
 
-    def __init__(self) -> None:
+    Args:
+        steps: Steps of the whole training; when none of a short one is good, it is given up too.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._most = min(steps, _MAX_BAD_STEPS)
         self._bad = 0
 
     def check(self, loss: float) -> None:
@@ -268,22 +326,41 @@ class LossWatch:
             TrainingError: The loss was not finite for several steps in a row.
         """
         self._bad = 0 if math.isfinite(loss) else self._bad + 1
-        if self._bad >= _MAX_BAD_STEPS:
+        if self._bad >= self._most:
             raise TrainingError(
                 f"the loss is {loss} for {self._bad} steps in a row. The learning rate may be too high, or the data "
                 f"hold NaN; a checkpoint of the last finished epoch, if there is one, is kept"
             )
 
 
+def class_logits(model: nn.Module, inputs: Tensor, autocast: torch.dtype | None) -> Tensor:
+    """The output of a classifier for a batch, in float32.
+
+    Raises:
+        TrainingError: It is no tensor.
+    """
+    with autocast_to(inputs.device, autocast):
+        outputs = model(inputs)
+    if not isinstance(outputs, Tensor):
+        raise TrainingError(
+            f"the model gives a {type(outputs).__name__}; a tensor of logits [batch, classes] is needed: wrap the "
+            f"model in a module that returns it"
+        )
+    return outputs.float()
+
+
 def check_labels(labels: Tensor, logits: Tensor) -> None:
     """Refuse labels outside the model's classes; on a GPU they would end the process.
 
     Raises:
-        TrainingError: A label is negative or too large, or the logits are not ``[B, classes]``.
+        TrainingError: Labels are not int64 ``[B]``, one is negative or too large, or the logits are not
+            ``[B, classes]``.
     """
+    if labels.dim() != 1 or labels.dtype != torch.int64:
+        raise TrainingError(f"labels are {labels.dtype} {list(labels.shape)}; torch.int64 [batch] is needed")
     if logits.dim() != 2 or len(logits) != len(labels):
         raise TrainingError(
-            f"the model gives an output of shape {tuple(logits.shape)} for {len(labels)} labels; "
+            f"the model gives an output of shape {list(logits.shape)} for {len(labels)} labels; "
             f"logits of shape [batch, classes] are needed"
         )
     low, high = labels.min().item(), labels.max().item()
@@ -303,17 +380,28 @@ def finite(values: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Averages:
-    def __init__(self, sums: dict[str, float] | None = None, count: int = 0) -> None:
-        self.sums = dict(sums or {})
-        self.count = count
+    """Means of numbers by name; NaN and infinities, those of skipped steps, are left out."""
 
-    def add(self, values: dict[str, float]) -> None:
-        self.count += 1
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    def __init__(self, sums: Mapping[str, float] | None = None, counts: Mapping[str, int] | None = None) -> None:
+        self._sums, self._counts = Counter(sums), Counter(counts)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for name, value in finite(values).items():
+            self._sums[name] += value
+            self._counts[name] += 1
 
     def means(self) -> dict[str, float]:
-        return {name: total / self.count for name, total in self.sums.items()}
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+    def state(self) -> dict[str, dict[str, float]]:
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+
+def _check_pair(batch: object) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch[0], batch[1]
+    parts = f" of {', '.join(type(part).__name__ for part in batch)}" if isinstance(batch, tuple | list) else ""
+    raise TrainingError(f"a batch is a {type(batch).__name__}{parts}; a pair of tensors, inputs and labels, is needed")
 
 
 class _StopSignal:

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import update_bn
 
 from asga.nn import calibrate, parameter_groups
 from asga.optim import ASGA
+from asga.optim.guarded import GuardedSGD
 from asga.runs import RunFolder
 from asga.training import (
     Evaluation,
@@ -21,9 +22,13 @@ from asga.training import (
     autocast_to,
     batches_from,
     check_labels,
+    class_logits,
     cosine_with_warmup,
+    count_batches,
     evaluate,
     finite,
+    finite_batches,
+    first_batches,
 )
 
 
@@ -123,23 +128,22 @@ class TransferTrainer:
             val: The same, for evaluation.
 
         Raises:
-            TrainingError: The loss is not finite, or the labels do not fit the model.
-            ValueError: A loader is empty.
+            TrainingError: The loss is not finite, or the data do not fit the model.
+            ValueError: A loader is empty or has no length.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the training.
         """
-        if len(train) == 0:
-            raise ValueError("train is empty: there is no batch to train on")
+        steps = self.epochs * count_batches(train)
         device = next(self.model.parameters()).device
-        calibrate(self.model, itertools.islice(batches_from(train, 0), self.calibration_batches))
+        calibrate(self.model, first_batches(train, self.calibration_batches))
         self.model.train()
         groups = parameter_groups(self.model, weight_decay=self.weight_decay, lr=self.lr)
         sgd = {"momentum": self.momentum, "nesterov": self.momentum > 0}
         if self.method == "asga":
             optimizer = ASGA(groups, torch.optim.SGD, model=self.model, **sgd, **self.optimizer_options)
         else:
-            optimizer = torch.optim.SGD(groups, **sgd, **self.optimizer_options)
-        scheduler = cosine_with_warmup(optimizer, self.epochs * len(train), self.warmup)
-        watch = LossWatch()
+            optimizer = GuardedSGD(groups, model=self.model, **sgd, **self.optimizer_options)
+        scheduler = cosine_with_warmup(optimizer, steps, self.warmup)
+        watch = LossWatch(steps)
 
         def step(inputs: Tensor, labels: Tensor) -> dict[str, float]:
             inputs, labels = inputs.to(device), labels.to(device)
@@ -147,8 +151,7 @@ class TransferTrainer:
 
             def closure() -> Tensor:
                 optimizer.zero_grad()
-                with autocast_to(device, self.autocast):
-                    outputs = self.model(inputs).float()
+                outputs = class_logits(self.model, inputs, self.autocast)
                 if not seen:
                     check_labels(labels, outputs)
                 loss = self.loss_fn(outputs, labels)
@@ -170,7 +173,7 @@ class TransferTrainer:
                 self._measure_batchnorm(train, device)
             if val is not None and (epoch == self.epochs or epoch % self.validate_every == 0):
                 found = evaluate(self.model, val, loss_fn=self.loss_fn, autocast=self.autocast)
-                record |= {"val_loss": found.loss, "val_top1": found.top1}
+                record |= finite({"val_loss": found.loss, "val_top1": found.top1})
             return record
 
         parts = {"model": self.model, "optimizer": optimizer, "scheduler": scheduler}
@@ -183,6 +186,6 @@ class TransferTrainer:
 
     def _measure_batchnorm(self, train: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> None:
         """Running statistics of the final weights: those of training lag behind by a momentum of 0.1 a step."""
-        batches = itertools.islice(batches_from(train, self.epochs), self.batchnorm_batches)
+        batches = itertools.islice(finite_batches(batches_from(train, self.epochs)), self.batchnorm_batches)
         with autocast_to(device, self.autocast):
             update_bn(batches, self.model, device)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import asga
 from asga.cli import demo, evaluate, info, search, transfer
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        hint = f" Go on with the same command and --resume: {options.out}" if getattr(options, "out", None) else ""
+        folder = getattr(options, "out", None)
+        begun = folder is not None and Path(folder, "config.json").exists()
+        hint = f" Go on with the same command and --resume: {folder}" if begun else ""
         print(f"\nasga: stopped.{hint}", file=sys.stderr)
         return 130
     except _USER_ERRORS as error:

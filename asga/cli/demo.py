@@ -4,8 +4,16 @@ import argparse
 import time
 
 from asga.cli.console import Console
-from asga.cli.options import add_run_options, model_factory, recorded, validation_batches
-from asga.cli.pipeline import Setting, finish_run, float_model, show_table, table_row, transferred
+from asga.cli.options import add_run_options, check_at_least_one, model_factory, recorded, validation_batches
+from asga.cli.pipeline import (
+    Setting,
+    finish_run,
+    float_model,
+    show_table,
+    table_row,
+    training_seconds,
+    transferred,
+)
 from asga.cli.search import describe, example_inputs, findings
 from asga.data import Batches, open_dataset
 from asga.runs import RunFolder
@@ -32,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Search, transfer, compare with uniform 4 bits and with float."""
-    if options.seeds < 1:
-        raise ValueError(f"--seeds is {options.seeds}; it must be at least 1")
+    check_at_least_one(options, "seeds")
     started = time.perf_counter()
     with Console() as console:
         folder = RunFolder(options.out, "demo", recorded(options), resume=options.resume)
@@ -97,7 +104,6 @@ def _search(proxy: Setting, seed: int) -> tuple[SearchResult, float]:
         return SearchResult.load(path), done["seconds"]
     build = model_factory(_MODEL, proxy.train, "cpu")
     model, _ = float_model(proxy, build, epochs=_PROXY_FLOAT_EPOCHS, seed=seed, stage=f"proxy-float/seed{seed}")
-    started = time.perf_counter()
     searcher = PolicySearcher(
         model,
         budget=_BUDGET,
@@ -109,7 +115,7 @@ def _search(proxy: Setting, seed: int) -> tuple[SearchResult, float]:
         meta={"architecture": _MODEL, "proxy": "digits", "method": "asga"},
     )
     result = searcher.fit(proxy.train)
-    seconds = time.perf_counter() - started
+    seconds = training_seconds(result.history)
     result.save(path)
     proxy.folder.finish(stage, {"seconds": seconds})
     return result, seconds

@@ -25,11 +25,13 @@ def run(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        command, trained = config["command"], argparse.Namespace(**config["options"])
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} holds no run (config.json is missing)") from None
-    if config.get("command") != "transfer":
-        raise ValueError(f"{folder} holds a run of 'asga {config.get('command')}'; one of 'asga transfer' is needed")
-    trained = argparse.Namespace(**config["options"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not the configuration of a run: {error!r}") from None
+    if command != "transfer":
+        raise ValueError(f"{folder} holds a run of 'asga {command}'; one of 'asga transfer' is needed")
     trained.data = options.data or trained.data
     trained.device = options.device or trained.device
     policy = Policy.load(folder / "policy.json")

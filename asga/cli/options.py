@@ -1,8 +1,10 @@
 """Options that several commands share, and what is built from them: data, models, budgets."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -44,14 +46,37 @@ def add_run_options(parser: argparse.ArgumentParser, *, out: str) -> None:
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
 
 
+def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
+    """Refuse numbers below 1 before anything is read or trained.
+
+    Raises:
+        ValueError: One is.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
 def recorded(options: argparse.Namespace) -> dict[str, object]:
     """The options as they go into ``config.json``: without those that do not change what is computed."""
     left_out = ("run", "command", "out", "resume")
     return {name: value for name, value in vars(options).items() if name not in left_out}
 
 
+def data_name(spec: str) -> str:
+    """What to call --data in policies and tables: ``imagefolder:/some/where/cifar10`` is ``cifar10``."""
+    scheme, _, path = spec.partition(":")
+    return Path(path).name or scheme
+
+
 def open_batches(options: argparse.Namespace, console: Console) -> tuple[Batches, Batches]:
-    """Training and validation batches of --data; the training ones augmented."""
+    """Training and validation batches of --data; the training ones augmented.
+
+    Raises:
+        ValueError: The data cannot be used, or --device is not there.
+    """
+    _check_device(options.device)
 
     def read(split: str, limit: int | None) -> object:
         with console.reading(f"reading {options.data} ({split})") as progress:
@@ -89,7 +114,7 @@ def model_factory(name: str, batches: Batches, device: str) -> Callable[[int], n
     return build
 
 
-def load_weights(model: nn.Module, path: str) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """Load a state dict, with an error that names the file.
 
     Raises:
@@ -114,23 +139,25 @@ def parse_budget(text: str) -> Budget:
     """A budget such as ``bitops=w4a4`` or ``bitops=1.2G,size=1.5MB``.
 
     Raises:
-        argparse.ArgumentTypeError: It cannot be read.
+        ValueError: It cannot be read.
     """
-    try:
-        parts = dict(part.split("=", 1) for part in text.split(","))
-        return Budget(**parts)
-    except (TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a budget such as bitops=w4a4 or bitops=1.2G,size=1.5MB ({error})"
-        ) from None
+    metrics = [part.partition("=")[0].strip() for part in text.split(",")]
+    if len(set(metrics)) < len(metrics) or not {"bitops", "size"}.issuperset(metrics):
+        raise ValueError(f"--budget: {text!r} is not a budget such as bitops=w4a4 or bitops=1.2G,size=1.5MB")
+    amounts = [part.partition("=")[2] for part in text.split(",")]
+    return Budget(**dict(zip(metrics, amounts, strict=True)))
 
 
 def parse_bits(text: str) -> tuple[int, ...]:
-    """Bit-widths such as ``2,3,4,6,8``."""
+    """Bit-widths such as ``2,3,4,6,8``.
+
+    Raises:
+        ValueError: It is nothing of the kind.
+    """
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of bit-widths such as 2,3,4,6,8") from None
+        raise ValueError(f"{text!r} is not a list of bit-widths such as 2,3,4,6,8") from None
 
 
 def parse_uniform(text: str) -> tuple[int, int]:
@@ -143,3 +170,10 @@ def parse_uniform(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"--compare: {text!r} is not a uniform policy such as w4a4, with 2 to 8 bits")
     return int(match[1]), int(match[2])
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        raise ValueError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from None

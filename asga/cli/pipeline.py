@@ -1,15 +1,16 @@
 """The steps that commands are made of: a float model, a transfer, their results. Each is passed over when resuming."""
 
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from asga._files import save_tensors, write_json
 from asga.cli.console import Console
+from asga.cli.options import load_weights
 from asga.convert import quantize
 from asga.data import Batches
 from asga.policy import Policy
@@ -88,6 +89,11 @@ def transferred(
     return quantized, record
 
 
+def training_seconds(history: Iterable[Mapping[str, object]]) -> float:
+    """The time that all epochs took, those before an interruption included."""
+    return sum(record["seconds"] for record in history)
+
+
 def table_row(
     name: str,
     records: list[dict[str, object]],
@@ -150,9 +156,8 @@ def finish_run(folder: RunFolder, result: dict[str, object], policy: Policy, con
 
 
 def _fit(setting: Setting, trainer: TransferTrainer, train: Batches | None = None) -> dict[str, object]:
-    started = time.perf_counter()
-    found = trainer.fit(train if train is not None else setting.train, setting.val).evaluation
-    record = {**asdict(found), "seconds": time.perf_counter() - started}
+    result = trainer.fit(train if train is not None else setting.train, setting.val)
+    record = {**asdict(result.evaluation), "seconds": training_seconds(result.history)}
     save_tensors(_weights(setting, trainer.stage), trainer.model.state_dict())
     setting.folder.finish(trainer.stage, record)
     return record
@@ -162,10 +167,9 @@ def _finished(setting: Setting, stage: str, model: nn.Module) -> dict[str, objec
     """The record of a stage that an earlier run of this folder completed; its weights are loaded."""
     record = setting.folder.finished(stage)
     if record is not None:
-        state: dict[str, Tensor] = torch.load(_weights(setting, stage), weights_only=True)
-        model.load_state_dict(state)
+        load_weights(model, _weights(setting, stage))
     return record
 
 
-def _weights(setting: Setting, stage: str) -> str:
+def _weights(setting: Setting, stage: str) -> Path:
     return setting.folder.path / f"{stage.replace('/', '-')}.pt"

@@ -1,9 +1,9 @@
 """``asga search``: find a bit-width policy on a proxy dataset."""
 
 import argparse
-import time
 
 import torch
+from torch import nn
 
 from asga.cli.console import Console
 from asga.cli.options import (
@@ -11,6 +11,8 @@ from asga.cli.options import (
     add_run_options,
     add_training_options,
     autocast_dtype,
+    check_at_least_one,
+    data_name,
     load_weights,
     model_factory,
     open_batches,
@@ -18,7 +20,7 @@ from asga.cli.options import (
     parse_budget,
     recorded,
 )
-from asga.cli.pipeline import Setting, finish_run, float_model
+from asga.cli.pipeline import Setting, finish_run, float_model, training_seconds
 from asga.data import Batches
 from asga.runs import RunFolder
 from asga.search import PolicySearcher, SearchResult, SearchSpace
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Search and write the run folder."""
+    check_at_least_one(options, "epochs", "float_epochs", "target_size")
     budget = parse_budget(options.budget)
     space = SearchSpace(
         weight_bits=parse_bits(options.weight_bits),
@@ -56,35 +59,35 @@ def run(options: argparse.Namespace) -> None:
     with Console() as console:
         train, val = open_batches(options, console)
         build = model_factory(options.model, train, options.device)
-        space.choices(build(options.seed))  # complain before anything is written
-        folder = RunFolder(options.out, "search", recorded(options), resume=options.resume)
-        setting = Setting(folder, console, train, val, autocast_dtype(options))
+
+        def searcher(model: nn.Module, folder: RunFolder | None) -> PolicySearcher:
+            return PolicySearcher(
+                model,
+                space,
+                budget=budget,
+                epochs=options.epochs,
+                method=options.method,
+                example_inputs=example_inputs(train, options.target_size),
+                autocast=autocast_dtype(options),
+                folder=folder,
+                progress=console.progress,
+                meta={"architecture": options.model, "proxy": data_name(options.data), "method": options.method},
+            )
+
         model = build(options.seed)
+        searcher(model, None).check(train)  # complain before anything is written or trained
         if options.init is not None:
             load_weights(model, options.init)
-        else:
+        folder = RunFolder(options.out, "search", recorded(options), resume=options.resume)
+        if options.init is None:
+            setting = Setting(folder, console, train, val, autocast_dtype(options))
             model, _ = float_model(setting, build, epochs=options.float_epochs, seed=options.seed)
-
-        searcher = PolicySearcher(
-            model,
-            space,
-            budget=budget,
-            epochs=options.epochs,
-            method=options.method,
-            example_inputs=example_inputs(train, options.target_size),
-            autocast=setting.autocast,
-            folder=folder,
-            progress=console.progress,
-            meta={"architecture": options.model, "proxy": options.data.partition(":")[0], "method": options.method},
-        )
-        started = time.perf_counter()
-        result = searcher.fit(train)
-        seconds = time.perf_counter() - started
+        result = searcher(model, folder).fit(train)
         result.save(folder.path / "search.json")
         console.note(str(result.policy))
         for line in describe(result):
             console.note(line)
-        summary = {"command": "search", "seconds": seconds, **findings(result)}
+        summary = {"command": "search", "seconds": training_seconds(result.history), **findings(result)}
         finish_run(folder, summary, result.policy, console)
 
 

@@ -10,6 +10,8 @@ from asga.cli.options import (
     add_run_options,
     add_training_options,
     autocast_dtype,
+    check_at_least_one,
+    data_name,
     load_weights,
     model_factory,
     open_batches,
@@ -18,9 +20,9 @@ from asga.cli.options import (
 )
 from asga.cli.pipeline import Setting, finish_run, float_model, show_table, table_row, transferred
 from asga.cli.search import example_inputs
-from asga.policy import Policy
+from asga.convert import find_quantizable
+from asga.policy import LayerPolicy, Policy
 from asga.runs import RunFolder
-from asga.search import SearchSpace
 from asga.search.costs import policy_costs, profile_layers
 from asga.training import evaluate
 
@@ -50,25 +52,25 @@ def run(options: argparse.Namespace) -> None:
     architecture = options.model or policy.meta.get("architecture")
     if not architecture:
         raise ValueError("--model is needed: the policy does not name its architecture")
-    if options.seeds < 1:
-        raise ValueError(f"--seeds is {options.seeds}; it must be at least 1")
+    check_at_least_one(options, "epochs", "float_epochs", "seeds")
     started = time.perf_counter()
     with Console() as console:
         train, val = open_batches(options, console)
         build = model_factory(architecture, train, options.device)
         model = build(options.seed)
-        choices = _space_of(policy).choices(model)
-        policy.check_against(choices.names)
-        profiles = profile_layers(model, example_inputs(train, None).to(options.device), choices.names)
+        names = list(find_quantizable(model)[0])
+        policy.check_against(names)
+        profiles = profile_layers(model, example_inputs(train, None).to(options.device), names)
         policies = {"searched": policy}
         for word in options.compare:
-            policies[f"uniform {word}"] = choices.uniform(*parse_uniform(word))
+            policies[f"uniform {word}"] = _uniform(policy, names, LayerPolicy(*parse_uniform(word)))
         costs = {name: policy_costs(profiles, found) for name, found in policies.items()}
 
+        if options.init is not None:
+            load_weights(model, options.init)
         folder = RunFolder(options.out, "transfer", recorded(options), resume=options.resume)
         setting = Setting(folder, console, train, val, autocast_dtype(options))
         if options.init is not None:
-            load_weights(model, options.init)
             found = evaluate(model, val, autocast=setting.autocast)
             record = {"top1": found.top1, "loss": found.loss, "seconds": 0.0}
         else:
@@ -92,14 +94,12 @@ def run(options: argparse.Namespace) -> None:
             share = costs[name].bitops / costs["searched"].bitops
             bits = "mixed" if name == "searched" else name.removeprefix("uniform ")
             table.append(table_row(name, records, bits=bits, costs=costs[name], bitops_share=share))
-        show_table(console, f"{options.data.partition(':')[0]}, {architecture}", table)
+        show_table(console, f"{data_name(options.data)}, {architecture}", table)
         result = {"command": "transfer", "seconds": time.perf_counter() - started, "table": table}
         finish_run(folder, result, policy, console)
 
 
-def _space_of(policy: Policy) -> SearchSpace:
-    """The space whose uniform policies pin what the policy pins: its first and last layer."""
-    first, *_, last = policy.values()
-    if first == last and first.weight_bits is not None and first.act_bits is not None:
-        return SearchSpace(first_last=(first.weight_bits, first.act_bits))
-    return SearchSpace(first_last=None)
+def _uniform(policy: Policy, names: list[str], bits: LayerPolicy) -> Policy:
+    """The same bits for all layers, but the first and the last, and what stays float, as in the policy."""
+    kept = {names[0], names[-1], *(name for name, layer in policy.items() if layer == LayerPolicy(None, None))}
+    return Policy({name: policy[name] if name in kept else bits for name in names})

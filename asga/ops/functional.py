@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import asga.ops.backends  # noqa: F401  (attaches the kernels to torch.ops.asga)
+from asga.ops.autograd import FakeQuant, MixedFakeQuant, plain_eager
 
 MAX_CANDIDATES = 8  # kMaxCandidates in csrc/quant_math.h
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,7 +55,8 @@ def fake_quant(
     _check_scale("scale", scale, input, axis, (channels,))
     if zero_point is not None:
         _check_scale("zero_point", zero_point, input, axis, (channels,))
-    return torch.ops.asga.fake_quant(input, scale, zero_point, quant_min, quant_max, axis)
+    run = FakeQuant.apply if plain_eager() else torch.ops.asga.fake_quant
+    return run(input, scale, zero_point, quant_min, quant_max, axis)
 
 
 def mixed_fake_quant(
@@ -103,7 +105,8 @@ def mixed_fake_quant(
     channels = () if axis is None else (input.shape[axis],)
     _check_scale("scales", scales, input, axis, (candidates, *channels))
     _check_scale("probs", probs, input, None, (candidates,))
-    return torch.ops.asga.mixed_fake_quant(input, scales, probs, quant_mins, quant_maxs, axis)
+    run = MixedFakeQuant.apply if plain_eager() else torch.ops.asga.mixed_fake_quant
+    return run(input, scales, probs, quant_mins, quant_maxs, axis)
 
 
 def _check_input(input: Tensor, axis: int | None) -> int | None:

@@ -71,8 +71,10 @@ class ASGA(Optimizer):
     generator at the start of the closure. To accumulate over micro-batches, run all of them in each pass.
 
     A step with a NaN or an infinity in a gradient or loss of either pass restores the weights and changes
-    nothing but the counters: no parameter, no state of the base optimizer, no radius. Since only the host can
-    leave out the step of an arbitrary optimizer, this costs the one host synchronization of a step.
+    nothing but the counters: no parameter, no state of the base optimizer, no radius. `step` also undoes what
+    pass 1 did to the running statistics of `model`; a loop of `first_step` and `second_step`, whose pass 1 is
+    over before the optimizer hears of it, is left with them. Since only the host can leave out the step of an
+    arbitrary optimizer, this costs the one host synchronization of a step.
 
     Parameter groups and `state` are shared with `base_optimizer`, so learning-rate schedulers work as usual.
     A group may set `rho_scale` (default 1): with ``T = rho_scale`` (times ``|theta|`` if `adaptive`), its
@@ -159,8 +161,8 @@ class ASGA(Optimizer):
             raise ValueError("params holds no parameter: every group is empty")
         self._radius = Radius(rho_min, rho_max, adaptive=radius == "adaptive", device=device)
         self._steps, self._skipped = torch.zeros(2, dtype=torch.int64, device=device).unbind()
-        unknown = torch.full((), math.nan, dtype=torch.float64, device=device)
-        self._last = _LastStep(unknown, unknown, unknown, unknown, passes.GradientDots(*[unknown] * 4))
+        # Of the last step: h, rho, ||T g0||^2, s and the four dot products; unknown at first.
+        self._last = torch.full((8,), math.nan, dtype=torch.float64, device=device)
 
     @property
     def rho(self) -> Tensor:
@@ -188,9 +190,11 @@ class ASGA(Optimizer):
             raise TypeError("step() needs a closure that computes the loss and its gradients; it is called twice")
         self._refuse_between_passes("step()")
         closure = torch.enable_grad()(closure)
+        before = None if self.model is None else save_running_statistics(self.model)
         first_loss = _call(closure)
         try:
             self.first_step(first_loss)
+            self._pending = self._pending._replace(statistics_before=before)
             self.second_step(_call(closure), zero_grad=False)
         except BaseException:
             self.restore()
@@ -224,6 +228,7 @@ class ASGA(Optimizer):
             first_grads={p: g for bucket in buckets for p, g in zip(bucket.params, bucket.grads, strict=True)},
             backups=[(bucket.params, [p.clone() for p in bucket.params]) for bucket in perturbed],
             statistics=None if self.model is None else save_running_statistics(self.model),
+            statistics_before=None,
             loss=loss,
             rho=rho,
             q0=q0,
@@ -272,10 +277,12 @@ class ASGA(Optimizer):
         self._radius.update(gap, finite)
         self._steps.add_(1)
         self._skipped.add_(~finite)
-        self._last = _LastStep(gap, pending.rho, pending.q0, pending.step, dots)
+        self._last.copy_(torch.stack([gap, pending.rho, pending.q0, pending.step, *dots]))
         # The one synchronization: the step of an arbitrary optimizer can only be left out by the host.
         if finite.item():
             self.base_optimizer.step()
+        elif pending.statistics_before is not None:
+            restore_running_statistics(self.model, pending.statistics_before)
         if zero_grad:
             self.zero_grad()
         # What a scheduler looks at to tell that steps come before it; it only wraps `step` itself.
@@ -308,7 +315,8 @@ class ASGA(Optimizer):
             `share_at_rho_max` of the updates of the radius (0 when constant), and the counts `steps` and
             `skipped`.
         """
-        h, rho, q0, step, dots = self._last
+        h, rho, q0, step, *rest = self._last
+        dots = passes.GradientDots(*rest)
         norm_g0, norm_g1 = dots.g0_g0.sqrt(), dots.g1_g1.sqrt()
         updates = self._radius.updates.clamp(min=1)
         values = {
@@ -330,7 +338,7 @@ class ASGA(Optimizer):
         return report
 
     def state_dict(self) -> dict[str, object]:
-        """The base optimizer's state dict (`state`, `param_groups`) and, under `asga`, radius and counters.
+        """The base optimizer's state dict (`state`, `param_groups`) and, under `asga`, radius, counters and diagnostics.
 
         Backups are no part of it: a step is never saved halfway.
 
@@ -415,7 +423,7 @@ class ASGA(Optimizer):
         return torch.as_tensor(loss).detach().to(self.rho.device, torch.float64).reshape(())
 
     def _own_state(self) -> dict[str, Tensor]:
-        return {**self._radius.state(), "steps": self._steps, "skipped": self._skipped}
+        return {**self._radius.state(), "steps": self._steps, "skipped": self._skipped, "last": self._last}
 
     def _shapes(self) -> Shapes:
         return [tuple(tuple(p.shape) for p in group["params"]) for group in self.param_groups]
@@ -444,20 +452,11 @@ class _Pending(NamedTuple):
     first_grads: dict[Tensor, Tensor]
     backups: list[tuple[list[Tensor], list[Tensor]]]
     statistics: dict[str, Tensor] | None
+    statistics_before: dict[str, Tensor] | None
     loss: Tensor | None
     rho: Tensor
     q0: Tensor
     step: Tensor
-
-
-class _LastStep(NamedTuple):
-    """Scalars of the last step, on the device, for `diagnostics`."""
-
-    h: Tensor
-    rho: Tensor
-    q0: Tensor
-    step: Tensor
-    dots: passes.GradientDots
 
 
 def _call(closure: Callable[[], Tensor | float]) -> Tensor | float:

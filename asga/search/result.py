@@ -53,10 +53,14 @@ class SearchResult:
 
         The further a budget is from the one searched for, the less its probabilities know about it.
 
+        Args:
+            budget: The limits.
+            meta: Further metadata of the policy, besides that of the policy found.
+
         Raises:
             InfeasibleBudgetError: No policy meets it; the message has the least cost that can be met.
         """
-        return best_policy(self.log_probs, self.choices, self.profiles, budget, meta)
+        return best_policy(self.log_probs, self.choices, self.profiles, budget, {**self.policy.meta, **(meta or {})})
 
     def costs(self, policy: Policy) -> Costs:
         """Exact costs of a policy for the model that was searched."""
@@ -143,7 +147,7 @@ def best_policy(
     policy = choices.policy(solve(scores, cost_tables(profiles, choices), limits))
     costs = asdict(policy_costs(profiles, policy))
     facts = {"budget": budget.to_dict(), "limits": limits, "costs": costs}
-    return Policy(policy, {**facts, **(meta or {})})
+    return Policy(policy, {**(meta or {}), **facts})
 
 
 def _gap(log_probs: tuple[float, ...]) -> float:

@@ -1,6 +1,5 @@
 """The search: bit-widths as probabilities, trained with the weights on a small dataset within a budget."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -12,6 +11,7 @@ from asga.convert import prepare
 from asga.nn import calibrate, logits, parameter_groups, set_temperature
 from asga.nn.layers import QuantizedLayer
 from asga.optim import ASGA
+from asga.optim.guarded import GuardedSGD
 from asga.runs import RunFolder
 from asga.search.budget import Budget
 from asga.search.costs import ExampleInputs, LayerProfile, cost_tables, profile_layers
@@ -24,11 +24,12 @@ from asga.training import (
     LossWatch,
     Progress,
     Stage,
-    autocast_to,
-    batches_from,
     check_labels,
+    class_logits,
     cosine_with_warmup,
+    count_batches,
     finite,
+    first_batches,
 )
 
 
@@ -130,22 +131,13 @@ class PolicySearcher:
         Raises:
             InfeasibleBudgetError: No policy meets the budget; nothing has been trained then.
             ImportError: scipy is not installed.
-            TrainingError: The loss is not finite, or the labels do not fit the model.
-            ValueError: The loader is empty or has one class only.
+            TrainingError: The loss is not finite, or the data do not fit the model.
+            ValueError: The loader is empty, has no length, or has one class only.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the search.
         """
-        if len(loader) == 0:
-            raise ValueError("loader is empty: there is no batch to search on")
-        _check_classes(loader)
-        first = list(itertools.islice(batches_from(loader, 0), self.calibration_batches))
-        example = self.example_inputs if self.example_inputs is not None else first[0][0][:1]
-        device = next(self.model.parameters()).device
-        profiles = profile_layers(self.model, _to_device(example, device), self.choices.names)
-        limits = self.budget.limits(profiles, self.choices)
-        check_feasible(cost_tables(profiles, self.choices), limits)
-
+        profiles, limits = self.check(loader)
         mixed = prepare(self.model, self.space).train()
-        calibrate(mixed, first)
+        calibrate(mixed, first_batches(loader, self.calibration_batches))
         search = _Search(self, mixed, profiles, limits, steps=self.epochs * len(loader))
         stage = Stage(self.stage, self.epochs, search.parts, folder=self.folder, progress=self.progress)
         history = stage.run(loader, search.step, search.end_epoch)
@@ -160,6 +152,29 @@ class PolicySearcher:
             expected_cost=search.expected_now(),
             history=history,
         )
+
+    def check(self, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, LayerProfile], dict[str, int]]:
+        """Find what would make `fit` refuse to start, without training: for before a float model is trained.
+
+        Args:
+            loader: As for `fit`; at most one batch is taken from it.
+
+        Returns:
+            What the layers cost, and the limits of the budget by metric.
+
+        Raises:
+            InfeasibleBudgetError: No policy meets the budget.
+            ImportError: scipy is not installed.
+            ValueError: The loader is empty, has no length, or has one class only.
+        """
+        count_batches(loader)
+        _check_classes(loader)
+        example = self.example_inputs if self.example_inputs is not None else first_batches(loader, 1)[0][0][:1]
+        device = next(self.model.parameters()).device
+        profiles = profile_layers(self.model, _to_device(example, device), self.choices.names)
+        limits = self.budget.limits(profiles, self.choices)
+        check_feasible(cost_tables(profiles, self.choices), limits)
+        return profiles, limits
 
 
 class _Search:
@@ -182,13 +197,13 @@ class _Search:
         if options.method == "asga":
             self._optimizer = ASGA(groups, torch.optim.SGD, model=mixed, **sgd, **options.optimizer_options)
         else:
-            self._optimizer = torch.optim.SGD(groups, **sgd, **options.optimizer_options)
+            self._optimizer = GuardedSGD(groups, model=mixed, **sgd, **options.optimizer_options)
         self._logits = logits(mixed)
         # The second beta is lower than usual: gradients of logits change with temperature and multiplier.
         self._logit_optimizer = torch.optim.Adam(self._logits, lr=options.logit_lr, betas=(0.9, 0.99))
         self._scheduler = cosine_with_warmup(self._optimizer, steps, options.warmup)
         self._dual = DualAscent(list(limits), steps)
-        self._watch = LossWatch()
+        self._watch = LossWatch(steps)
         self.parts = {
             "model": mixed,
             "optimizer": self._optimizer,
@@ -205,8 +220,7 @@ class _Search:
         def closure() -> Tensor:
             self._optimizer.zero_grad()
             self._logit_optimizer.zero_grad()
-            with autocast_to(self._device, self._options.autocast):
-                outputs = self._mixed(inputs).float()
+            outputs = class_logits(self._mixed, inputs, self._options.autocast)
             if not seen:
                 check_labels(labels, outputs)
             loss = self._options.loss_fn(outputs, labels)
@@ -219,7 +233,8 @@ class _Search:
         loss = seen["loss"].item()
         self._watch.check(loss)
         # The logits have the gradient of the second pass: that at the perturbed weights, as for SAM.
-        if math.isfinite(torch.nn.utils.get_total_norm([p.grad for p in self._logits]).item()):
+        gradients = [p.grad for p in self._logits if p.grad is not None]
+        if math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
             self._logit_optimizer.step()
         self._scheduler.step()
         self._dual.update(self.expected_now())
@@ -284,10 +299,11 @@ class _ExpectedCosts:
     ) -> None:
         tables = cost_tables(profiles, choices)
         self._tables: dict[str, dict[str, Tensor]] = {}
-        self._fixed: dict[str, float] = {}
+        self._fixed: dict[str, Tensor] = {}
         for metric, limit in limits.items():
             shares = {name: table / limit for name, table in tables[metric].items()}
-            self._fixed[metric] = float(sum(share[0, 0] for share in shares.values() if share.size == 1))
+            fixed = sum(share[0, 0] for share in shares.values() if share.size == 1)
+            self._fixed[metric] = torch.tensor(fixed, dtype=torch.float32, device=device)
             self._tables[metric] = {
                 name: torch.tensor(share, dtype=torch.float32, device=device)
                 for name, share in shares.items()
@@ -301,7 +317,7 @@ class _ExpectedCosts:
                 _probs(layers[name].weight_quantizer, table) @ table @ _probs(layers[name].act_quantizer, table)
                 for name, table in tables.items()
             ]
-            totals[metric] = self._fixed[metric] + torch.stack(terms).sum()
+            totals[metric] = torch.stack([self._fixed[metric], *terms]).sum()
         return totals
 
 
@@ -321,7 +337,7 @@ def _check_classes(loader: Iterable[tuple[Tensor, Tensor]]) -> None:
     dataset = getattr(loader, "dataset", None)
     for attribute in ("labels", "targets"):
         labels = getattr(dataset, attribute, None)
-        if labels is not None and len(torch.as_tensor(labels).unique()) < 2:
+        if labels is not None and len(set(labels.tolist() if isinstance(labels, Tensor) else labels)) < 2:
             raise ValueError("the proxy has a single class: every policy would look perfect on it")
 
 

@@ -54,7 +54,7 @@ Tensor fake_quant(Tensor input, Tensor scale, std::optional<Tensor> zero_point, 
   const ChannelLayout layout = channel_layout(dense, axis);
   const Tensor scales = to_parameter("scale", scale, input, layout.channels, type);
   const auto zero_points = to_optional_parameter("zero_point", zero_point, input, layout.channels, type);
-  Tensor output = torch::stable::empty_like(dense);
+  Tensor output = empty_as(dense);
   if (layout.numel() == 0) return output;
 
   const Work work = plan_work(layout);
@@ -79,10 +79,9 @@ std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(Tensor grad, Tensor input
   const ChannelLayout layout = channel_layout(dense, axis);
   const Tensor scales = to_parameter("scale", scale, input, layout.channels, type);
   const auto zero_points = to_optional_parameter("zero_point", zero_point, input, layout.channels, type);
-  Tensor grad_input = torch::stable::empty_like(dense);
-  Tensor grad_scale = torch::stable::new_empty(scales, scale.sizes());
-  Tensor grad_zero_point = zero_points.has_value() ? torch::stable::new_empty(scales, zero_point->sizes())
-                                                   : torch::stable::new_empty(scale, {0});
+  Tensor grad_input = empty_as(dense);
+  Tensor grad_scale = empty_as(scales);
+  Tensor grad_zero_point = zero_points.has_value() ? empty_as(*zero_points) : torch::stable::new_empty(scale, {0});
 
   const Work work = plan_work(layout);
   with_storage_type(dense, [&](auto storage) {

@@ -68,7 +68,7 @@ Tensor mixed_fake_quant(Tensor input, Tensor scales, Tensor probs, std::vector<i
   const ChannelLayout layout = channel_layout(dense, axis);
   const Tensor scale_values = to_parameter("scales", scales, input, candidates * layout.channels, type);
   const Tensor prob_values = to_parameter("probs", probs, input, candidates, type);
-  Tensor output = torch::stable::empty_like(dense);
+  Tensor output = empty_as(dense);
   if (layout.numel() == 0) return output;
 
   const Work work = plan_work(layout);
@@ -96,9 +96,9 @@ std::tuple<Tensor, Tensor, Tensor> mixed_fake_quant_backward(Tensor grad, Tensor
   const ChannelLayout layout = channel_layout(dense, axis);
   const Tensor scale_values = to_parameter("scales", scales, input, candidates * layout.channels, type);
   const Tensor prob_values = to_parameter("probs", probs, input, candidates, type);
-  Tensor grad_input = torch::stable::empty_like(dense);
-  Tensor grad_scales = torch::stable::new_empty(scale_values, scales.sizes());
-  Tensor grad_probs = torch::stable::new_empty(prob_values, probs.sizes());
+  Tensor grad_input = empty_as(dense);
+  Tensor grad_scales = empty_as(scale_values);
+  Tensor grad_probs = empty_as(prob_values);
 
   const Work work = plan_work(layout);
   with_storage_type(dense, [&](auto storage) {

@@ -111,7 +111,7 @@ Tensor fake_quant(const Tensor& input, const Tensor& scale, const std::optional<
   const Tensor s = to_parameter("scale", scale, input, layout.channels, type);
   std::optional<Tensor> z;
   if (zero_point.has_value()) z = to_parameter("zero_point", *zero_point, input, layout.channels, type);
-  const Tensor output = torch::stable::empty_like(x);
+  const Tensor output = empty_as(x);
   if (x.numel() == 0) return output;
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -135,14 +135,13 @@ std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(const Tensor& grad, const
   check_same_device("grad", grad, input);
   check_same_shape("grad", grad, input);
   if (x.numel() == 0) {
-    return {torch::stable::empty_like(x), zeros_like(scale),
+    return {empty_as(x), zeros_like(scale),
             zero_point.has_value() ? zeros_like(*zero_point) : torch::stable::new_empty(scale, {0})};
   }
   const Tensor g = to_layout_of(x, grad);
-  const Tensor grad_input = torch::stable::empty_like(x);
-  const Tensor grad_scale = torch::stable::new_empty(s, s.sizes());
-  const Tensor grad_zero_point =
-      z.has_value() ? torch::stable::new_empty(*z, z->sizes()) : torch::stable::new_empty(scale, {0});
+  const Tensor grad_input = empty_as(x);
+  const Tensor grad_scale = empty_as(s);
+  const Tensor grad_zero_point = z.has_value() ? empty_as(*z) : torch::stable::new_empty(scale, {0});
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = compute_t<T>;

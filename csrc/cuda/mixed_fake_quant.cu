@@ -169,7 +169,7 @@ Tensor mixed_fake_quant(const Tensor& input, const Tensor& scales, const Tensor&
   const ChannelLayout layout = channel_layout(x, axis);
   const Tensor s = to_parameter("scales", scales, input, candidates * layout.channels, type);
   const Tensor p = to_parameter("probs", probs, input, candidates, type);
-  const Tensor output = torch::stable::empty_like(x);
+  const Tensor output = empty_as(x);
   if (x.numel() == 0) return output;
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -194,11 +194,11 @@ std::tuple<Tensor, Tensor, Tensor> mixed_fake_quant_backward(const Tensor& grad,
   const Tensor p = to_parameter("probs", probs, input, candidates, type);
   check_same_device("grad", grad, input);
   check_same_shape("grad", grad, input);
-  if (x.numel() == 0) return {torch::stable::empty_like(x), zeros_like(scales), zeros_like(probs)};
+  if (x.numel() == 0) return {empty_as(x), zeros_like(scales), zeros_like(probs)};
   const Tensor g = to_layout_of(x, grad);
-  const Tensor grad_input = torch::stable::empty_like(x);
-  const Tensor grad_scales = torch::stable::new_empty(s, s.sizes());
-  const Tensor grad_probs = torch::stable::new_empty(p, p.sizes());
+  const Tensor grad_input = empty_as(x);
+  const Tensor grad_scales = empty_as(s);
+  const Tensor grad_probs = empty_as(p);
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = compute_t<T>;

@@ -68,6 +68,14 @@ def test_needs_only_the_stable_interface_of_torch(library):
     assert [symbol for symbol in symbols if re.search(r"\b(at|c10|torch)::", symbol)] == []
 
 
+def test_finds_the_current_stream_in_libtorch_cuda(library):
+    """Without this entry the loader would not look there: torch keeps its symbols to itself."""
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not on PATH")
+    entries = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "[libtorch_cuda.so]" in entries
+
+
 @functools.cache
 def _cuobjdump(*arguments: str | Path) -> str:
     tool = shutil.which("cuobjdump")

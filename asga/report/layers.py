@@ -1,0 +1,79 @@
+"""The rows of the report's table of layers: bits, probabilities, and how clear each choice was."""
+
+import math
+from dataclasses import dataclass
+
+from asga.report.run import Run
+
+# Below this difference of log-probabilities the better candidate is at most 1.1 times as likely as the next.
+TOSS_UP = 0.1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A bit-width that could be chosen, and the probability that the search gave it."""
+
+    bits: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one tensor.
+
+    Args:
+        bits: The policy's; None: float, or no policy yet.
+        shown: The same as text.
+        candidates: Empty where nothing was searched.
+        gap: Difference of the two best log-probabilities; None where there were not two.
+    """
+
+    bits: int | None
+    shown: str
+    candidates: tuple[Candidate, ...]
+    gap: float | None
+
+    @property
+    def toss_up(self) -> bool:
+        """Whether the two best candidates were as good as equally likely."""
+        return self.gap is not None and self.gap < TOSS_UP
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer, its weight and its input."""
+
+    name: str
+    weight: Choice
+    act: Choice
+
+
+def layer_rows(run: Run) -> list[LayerRow]:
+    """All layers of the policy, or, while there is none, all that are searched."""
+    names = run.policy if run.policy is not None else run.probabilities
+    return [LayerRow(name, _choice(run, name, "weight"), _choice(run, name, "act")) for name in names]
+
+
+def toss_ups(rows: list[LayerRow]) -> tuple[int, int]:
+    """How many choices were toss-ups, and how many there were."""
+    choices = [choice for row in rows for choice in (row.weight, row.act) if choice.gap is not None]
+    return sum(choice.toss_up for choice in choices), len(choices)
+
+
+def _choice(run: Run, name: str, kind: str) -> Choice:
+    bits, shown = None, ""
+    if run.policy is not None:
+        bits = getattr(run.policy[name], f"{kind}_bits")
+        shown = "float" if bits is None else str(bits)
+    found = run.probabilities.get(name, {})
+    candidates = tuple(map(Candidate, found.get(f"{kind}_bits", ()), found.get(f"{kind}_probs", ())))
+    gaps = (run.result or {}).get("logit_gaps", {})
+    gap = gaps.get(name, {}).get(kind, _gap(candidates))
+    return Choice(bits, shown, candidates, gap)
+
+
+def _gap(candidates: tuple[Candidate, ...]) -> float | None:
+    if len(candidates) < 2:
+        return None
+    first, second = sorted((candidate.probability for candidate in candidates), reverse=True)[:2]
+    return math.log(first / second) if second > 0 else math.inf

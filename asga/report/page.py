@@ -1,0 +1,198 @@
+"""``report.html``: a run folder as one page that needs nothing else, for the screen and for paper."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from asga._extras import require
+from asga._files import write_atomic
+from asga.report.curves import cost_figure, diagnostics_figure, training_figure
+from asga.report.layers import TOSS_UP, layer_rows, toss_ups
+from asga.report.policy import policy_figure
+from asga.report.run import METRIC_NAMES, Run, Seeds, read_run
+from asga.report.style import COLORS, to_svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# A radius on one bound for more than this share of the steps is in effect a constant.
+_STUCK_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An SVG element and what it shows, for those who do not see it."""
+
+    svg: str
+    description: str
+
+
+def write_report(folder: str | os.PathLike) -> Path:
+    """Write ``report.html`` into a run folder, atomically.
+
+    It shows what is there: a run under way has no results yet, a transfer no probabilities.
+
+    Args:
+        folder: With any of ``config.json``, ``metrics.jsonl``, ``policy.json`` and ``result.json``.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: The folder has none of these files.
+        ImportError: matplotlib or jinja2 is not installed.
+        ValueError: A file is damaged; the message names it.
+    """
+    run = read_run(folder)
+    jinja2 = require("jinja2", "report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": _percent, "count": _count, "bytes": _bytes, "duration": _duration}
+    template = environment.from_string(files("asga.report").joinpath("page.html.jinja").read_text(encoding="utf-8"))
+    path = Path(folder) / "report.html"
+    write_atomic(path, template.render(_content(run)))
+    return path
+
+
+def _content(run: Run) -> dict[str, object]:
+    result = run.result or {}
+    layers = layer_rows(run)
+    return {
+        "colors": COLORS,
+        "command": run.config.get("command") or result.get("command") or "run",
+        "facts": _facts(run),
+        "warnings": _warnings(run),
+        "results": result.get("table", []),
+        "notes": result.get("notes", []),
+        "policy": run.policy and Drawing(to_svg(policy_figure(run.policy), "policy"), "Bits of every layer."),
+        "mean_bits": _mean_bits(run),
+        "layers": layers,
+        "searched": bool(run.probabilities or result.get("logit_gaps")),
+        "toss_ups": toss_ups(layers),
+        "toss_up_gap": TOSS_UP,
+        "cost_shares": _cost_shares(result.get("cost_shares", {})),
+        "costs": _figures(run, "expected cost", cost_figure, "expected_cost"),
+        "curves": _figures(run, "loss and accuracy", training_figure, "loss"),
+        "diagnostics": _figures(run, "diagnostics of the ASGA step", diagnostics_figure, "rho"),
+        "options": run.config.get("options", {}),
+        "versions": {
+            name: run.config[key]
+            for name, key in (("asga", "asga_version"), ("torch", "torch_version"))
+            if key in run.config
+        },
+    }
+
+
+def _facts(run: Run) -> dict[str, str]:
+    meta = run.policy.meta if run.policy is not None else {}
+    options = run.config.get("options", {})
+    epoch = run.last_epoch
+    facts = {
+        "model": options.get("model") or meta.get("architecture"),
+        "data": options.get("data"),
+        "policy searched on": meta.get("proxy"),
+        "budget": _budget(meta.get("budget", {})) or options.get("budget"),
+    }
+    for metric, limit in meta.get("limits", {}).items():
+        if metric in meta.get("costs", {}):
+            # A transfer may have another resolution and head: its own costs stand in the table of results.
+            where = " in the search" if run.config.get("command") == "transfer" else ""
+            name = f"{METRIC_NAMES.get(metric, metric)} of the policy{where}"
+            facts[name] = _cost_against(metric, meta["costs"][metric], limit)
+    if run.result is not None:
+        facts["time"] = _duration(run.result["seconds"])
+    elif epoch is not None:
+        epochs = [e for seeds in run.stages.values() for epochs in seeds.values() for e in epochs]
+        facts["state"] = f"not finished; last epoch: {epoch['stage']}, {epoch['epoch']} of {epoch['epochs']}"
+        facts["time so far"] = _duration(sum(e["seconds"] for e in epochs))
+    facts["started"] = run.config.get("created")
+    return {name: str(value) for name, value in facts.items() if value}
+
+
+def _warnings(run: Run) -> list[str]:
+    warnings = []
+    for stage, seeds in run.stages.items():
+        for bound, where in (("rho_min", "lower"), ("rho_max", "upper")):
+            shares = [epochs[-1].get(f"share_at_{bound}", 0.0) for epochs in seeds.values()]
+            if stuck := [share for share in shares if share > _STUCK_SHARE]:
+                warnings.append(
+                    f"{stage}: the radius ρ was on its {where} bound, {bound}, in {' and '.join(map(_percent, stuck))} "
+                    f"of the steps. It did not adapt but was in effect a constant."
+                )
+    if run.unreadable:
+        warnings.append(
+            f"Lines of metrics.jsonl that could not be read and are missing here: {run.unreadable}. A process that is "
+            f"killed leaves its last line cut short."
+        )
+    return warnings
+
+
+def _figures(run: Run, what: str, draw: Callable[[Seeds], "Figure"], key: str) -> dict[str, Drawing]:
+    """A figure for every stage that logged `key`."""
+    figures = {}
+    for stage, seeds in run.stages.items():
+        drawn = {seed: logged for seed, epochs in seeds.items() if (logged := [e for e in epochs if key in e])}
+        if drawn:
+            figures[stage] = Drawing(to_svg(draw(drawn), f"{what} {stage}"), f"{stage}: {what} by epoch.")
+    return figures
+
+
+def _mean_bits(run: Run) -> dict[str, float]:
+    """Mean bits of weights and activations over the layers that are quantized."""
+    if run.policy is None:
+        return {}
+    bits = {
+        "weights": [layer.weight_bits for layer in run.policy.values() if layer.weight_bits is not None],
+        "activations": [layer.act_bits for layer in run.policy.values() if layer.act_bits is not None],
+    }
+    return {kind: fmean(values) for kind, values in bits.items() if values}
+
+
+def _cost_shares(shares: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, str]]:
+    """By metric and by what is counted, the share of the budget."""
+    names = {
+        "expected": "expected at the end of the search",
+        "most_likely": "likeliest candidates of all layers",
+        "policy": "policy, solved within the budget",
+    }
+    metrics = list(dict.fromkeys(metric for by_metric in shares.values() for metric in by_metric))
+    return {
+        METRIC_NAMES.get(metric, metric): {
+            label: _percent(shares[key][metric]) for key, label in names.items() if metric in shares.get(key, {})
+        }
+        for metric in metrics
+    }
+
+
+def _budget(budget: Mapping[str, object]) -> str:
+    return ", ".join(f"{METRIC_NAMES.get(name, name)} ≤ {amount}" for name, amount in budget.items())
+
+
+def _cost_against(metric: str, cost: int, limit: int) -> str:
+    show = (lambda bits: _bytes(bits / 8)) if metric == "size_bits" else _count
+    verdict = "within the budget" if cost <= limit else "over the budget"
+    return f"{show(cost)} of {show(limit)} ({_percent(cost / limit)}), {verdict}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")
+
+
+def _count(number: float) -> str:
+    return require("matplotlib.ticker", "report").EngFormatter(places=1)(number)
+
+
+def _bytes(number: float) -> str:
+    return require("matplotlib.ticker", "report").EngFormatter(unit="B", places=1)(number)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{seconds} s"
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

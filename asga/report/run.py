@@ -1,0 +1,96 @@
+"""Reading a run folder, complete or not."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from asga.policy import Policy
+
+# What is logged of an epoch; see `asga.training.Stage` and the trainers for the keys.
+Epoch = dict[str, object]
+# The epochs of each run of a stage, by seed.
+Seeds = dict[str, list[Epoch]]
+
+METRIC_NAMES = {"bitops": "BitOps", "size_bits": "size"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run folder hold; empty or None where a file is not there.
+
+    Args:
+        config: ``config.json``.
+        policy: ``policy.json``.
+        result: ``result.json``; a run that is under way has none.
+        stages: The epochs of ``metrics.jsonl`` by stage and seed: ``"search/seed0"`` is stage ``"search"``,
+            seed ``"seed0"``; the seed is ``""`` where the stage names none.
+        last_epoch: The epoch that was logged last.
+        probabilities: The candidates and their probabilities by layer, as they were logged last.
+        unreadable: Lines of ``metrics.jsonl`` that are not JSON: a killed process leaves its last one cut short.
+    """
+
+    config: dict[str, object]
+    policy: Policy | None
+    result: dict[str, object] | None
+    stages: dict[str, Seeds]
+    last_epoch: Epoch | None
+    probabilities: dict[str, dict[str, list]]
+    unreadable: int
+
+
+def read_run(folder: str | os.PathLike) -> Run:
+    """Read what is there of a run.
+
+    Raises:
+        FileNotFoundError: The folder has none of the files of a run.
+        ValueError: A file is damaged; the message names it.
+    """
+    folder = Path(folder)
+    names = ("config.json", "metrics.jsonl", "policy.json", "result.json")
+    present = {name for name in names if (folder / name).is_file()}
+    if not present:
+        raise FileNotFoundError(f"{folder} holds no run: none of {', '.join(names)} is there")
+    records, unreadable = _read_lines(folder / "metrics.jsonl") if "metrics.jsonl" in present else ([], 0)
+    epochs = [record for record in records if record["event"] == "epoch"]
+    probabilities = [record["layers"] for record in records if record["event"] == "probabilities"]
+    stages: dict[str, Seeds] = {}
+    for epoch in epochs:
+        stage, seed = _stage_and_seed(epoch["stage"])
+        stages.setdefault(stage, {}).setdefault(seed, []).append(epoch)
+    return Run(
+        config=_read_json(folder / "config.json") if "config.json" in present else {},
+        policy=Policy.load(folder / "policy.json") if "policy.json" in present else None,
+        result=_read_json(folder / "result.json") if "result.json" in present else None,
+        stages=stages,
+        last_epoch=epochs[-1] if epochs else None,
+        probabilities=probabilities[-1] if probabilities else {},
+        unreadable=unreadable,
+    )
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, object]], int]:
+    """The records of ``metrics.jsonl``, and how many lines could not be read."""
+    records, unreadable = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            unreadable += 1
+    return records, unreadable
+
+
+def _stage_and_seed(name: str) -> tuple[str, str]:
+    match = re.fullmatch(r"(.+)/(seed\d+)", name)
+    return (match[1], match[2]) if match else (name, "")
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}; a JSON object is needed")
+    return value

@@ -1,0 +1,336 @@
+"""The public operators: arguments, autograd, and what torch does around them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from asga.ops import backend, backends, fake_quant, mixed_fake_quant
+
+ops = torch.ops.asga
+per_backend = pytest.mark.parametrize("name", ["reference", *(["cpu"] if backends.unavailable("cpu") is None else [])])
+
+X = torch.linspace(-3, 3, 24).reshape(4, 6)
+SCALE = torch.tensor([0.5])
+MIXTURE = {"scales": torch.tensor([0.5, 0.25]), "probs": torch.tensor([0.4, 0.6])}
+RANGES = {"quant_mins": [-2, -8], "quant_maxs": [1, 7]}
+
+
+class TestFakeQuant:
+    def test_values(self):
+        y = fake_quant(torch.tensor([0.2, 0.3, 9.0, -9.0]), SCALE, quant_min=-2, quant_max=1)
+        assert y.tolist() == [0.0, 0.5, 0.5, -1.0]
+
+    @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+    def test_one_scale_may_have_any_shape(self, shape):
+        scale = SCALE.reshape(shape).requires_grad_()
+        y = fake_quant(X, scale, quant_min=-8, quant_max=7)
+        y.sum().backward()
+        assert torch.equal(y, fake_quant(X, SCALE, quant_min=-8, quant_max=7))
+        assert scale.grad.shape == shape
+
+    def test_an_axis_counts_from_either_end(self):
+        scale = torch.linspace(0.1, 1, 6)
+        last = fake_quant(X, scale, quant_min=-8, quant_max=7, axis=-1)
+        assert torch.equal(last, fake_quant(X, scale, quant_min=-8, quant_max=7, axis=1))
+        for column in range(6):
+            alone = fake_quant(X[:, column], scale[column], quant_min=-8, quant_max=7)
+            assert torch.equal(last[:, column], alone)
+
+    @pytest.mark.parametrize("given", ["input", "scale", "zero_point"])
+    def test_each_argument_gets_its_gradient_alone(self, given):
+        arguments = {"input": X.clone(), "scale": SCALE.clone(), "zero_point": torch.tensor([1.0])}
+        arguments[given].requires_grad_()
+        fake_quant(**arguments, quant_min=-2, quant_max=1).sum().backward()
+        assert [name for name, value in arguments.items() if value.grad is not None] == [given]
+        assert arguments[given].grad.abs().sum() > 0
+
+    def test_gradients_have_the_dtypes_of_their_arguments(self):
+        x = X.bfloat16().requires_grad_()
+        scale = SCALE.double().requires_grad_()
+        zero_point = torch.tensor([1.0], dtype=torch.float16, requires_grad=True)
+        y = fake_quant(x, scale, zero_point, quant_min=-2, quant_max=1)
+        y.sum().backward()
+        assert y.dtype == torch.bfloat16
+        assert (x.grad.dtype, scale.grad.dtype, zero_point.grad.dtype) == (
+            torch.bfloat16,
+            torch.float64,
+            torch.float16,
+        )
+
+
+class TestMixedFakeQuant:
+    def test_values(self):
+        y = mixed_fake_quant(torch.tensor([0.3, 9.0]), **MIXTURE, **RANGES)
+        torch.testing.assert_close(y, torch.tensor([0.4 * 0.5 + 0.6 * 0.25, 0.4 * 0.5 + 0.6 * 1.75]))
+
+    def test_an_axis_counts_from_either_end(self):
+        scales = torch.linspace(0.1, 1, 12).reshape(2, 6)
+        last = mixed_fake_quant(X, scales, MIXTURE["probs"], **RANGES, axis=-1)
+        assert torch.equal(last, mixed_fake_quant(X, scales, MIXTURE["probs"], **RANGES, axis=1))
+        alone = mixed_fake_quant(X[:, 2], scales[:, 2], MIXTURE["probs"], **RANGES)
+        assert torch.equal(last[:, 2], alone)
+
+    @pytest.mark.parametrize("given", ["input", "scales", "probs"])
+    def test_each_argument_gets_its_gradient_alone(self, given):
+        arguments = {"input": X.clone(), **{name: value.clone() for name, value in MIXTURE.items()}}
+        arguments[given].requires_grad_()
+        mixed_fake_quant(**arguments, **RANGES).sum().backward()
+        assert [name for name, value in arguments.items() if value.grad is not None] == [given]
+        assert arguments[given].grad.abs().sum() > 0
+
+
+_ONE = {"scale": SCALE, "quant_min": -8, "quant_max": 7}
+_SEVERAL = {**MIXTURE, **RANGES}
+_META = torch.ones(1, device="meta")
+# What is wrong: the call, its error, and what the message must say.
+_BAD = {
+    "integer input": (lambda: fake_quant(X.int(), **_ONE), TypeError, "input has dtype torch.int32"),
+    "complex input": (lambda: fake_quant(X + 1j, **_ONE), TypeError, "input has dtype torch.complex64"),
+    "8-bit input": (
+        lambda: fake_quant(X.to(torch.float8_e4m3fn), **_ONE),
+        TypeError,
+        "input has dtype torch.float8_e4m3fn; float32, bfloat16, float16 and float64 are supported",
+    ),
+    "integer scale": (
+        lambda: fake_quant(X, **{**_ONE, "scale": SCALE.int()}),
+        TypeError,
+        "scale has dtype torch.int32",
+    ),
+    "integer zero point": (
+        lambda: fake_quant(X, zero_point=SCALE.long(), **_ONE),
+        TypeError,
+        "zero_point has dtype torch.int64",
+    ),
+    "scale on another device": (
+        lambda: fake_quant(X, **{**_ONE, "scale": _META}),
+        ValueError,
+        "scale is on meta but input is on cpu",
+    ),
+    "zero point on another device": (
+        lambda: fake_quant(X, zero_point=_META, **_ONE),
+        ValueError,
+        "zero_point is on meta but input is on cpu",
+    ),
+    "axis too large": (
+        lambda: fake_quant(X, **_ONE, axis=2),
+        ValueError,
+        "axis is 2, out of range for an input with 2 dim",
+    ),
+    "axis too small": (lambda: fake_quant(X, **_ONE, axis=-3), ValueError, "axis is -3, out of range"),
+    "axis of a scalar": (lambda: fake_quant(X[0, 0], **_ONE, axis=0), ValueError, "axis is 0, out of range"),
+    "several scales without an axis": (
+        lambda: fake_quant(X, **{**_ONE, "scale": torch.ones(4)}),
+        ValueError,
+        r"scale has shape \(4,\); without an axis it must be \(1,\)",
+    ),
+    "scales of another axis": (
+        lambda: fake_quant(X, **{**_ONE, "scale": torch.ones(4)}, axis=1),
+        ValueError,
+        r"scale has shape \(4,\); for axis 1 of an input of shape \(4, 6\) it must be \(6,\)",
+    ),
+    "zero points of another axis": (
+        lambda: fake_quant(X, torch.ones(6), torch.ones(4), quant_min=-8, quant_max=7, axis=1),
+        ValueError,
+        r"zero_point has shape \(4,\)",
+    ),
+    "empty range": (
+        lambda: fake_quant(X, SCALE, quant_min=7, quant_max=7),
+        ValueError,
+        "quant_min is 7, which is not below quant_max = 7",
+    ),
+    "range too wide": (
+        lambda: fake_quant(X, SCALE, quant_min=-8, quant_max=2**16 + 1),
+        ValueError,
+        "quant_min = -8, quant_max = 65537",
+    ),
+    "integer input of a mixture": (
+        lambda: mixed_fake_quant(X.int(), **_SEVERAL),
+        TypeError,
+        "input has dtype torch.int32",
+    ),
+    "integer probabilities": (
+        lambda: mixed_fake_quant(X, **{**_SEVERAL, "probs": torch.ones(2).int()}),
+        TypeError,
+        "probs has dtype torch.int32",
+    ),
+    "scales on another device": (
+        lambda: mixed_fake_quant(X, **{**_SEVERAL, "scales": torch.ones(2, device="meta")}),
+        ValueError,
+        "scales is on meta but input is on cpu",
+    ),
+    "no candidate": (
+        lambda: mixed_fake_quant(X, **MIXTURE, quant_mins=[], quant_maxs=[]),
+        ValueError,
+        "quant_mins has 0 candidates; between 1 and 8",
+    ),
+    "too many candidates": (
+        lambda: mixed_fake_quant(X, torch.ones(9), torch.ones(9), quant_mins=[-2] * 9, quant_maxs=[1] * 9),
+        ValueError,
+        "quant_mins has 9 candidates",
+    ),
+    "ranges of different lengths": (
+        lambda: mixed_fake_quant(X, **MIXTURE, quant_mins=[-2, -8], quant_maxs=[1]),
+        ValueError,
+        "quant_maxs has 1 entries but quant_mins has 2",
+    ),
+    "an empty range among others": (
+        lambda: mixed_fake_quant(X, **MIXTURE, quant_mins=[-2, 8], quant_maxs=[1, 7]),
+        ValueError,
+        r"quant_mins\[1\] is 8, which is not below quant_maxs\[1\] = 7",
+    ),
+    "a range too wide among others": (
+        lambda: mixed_fake_quant(X, **MIXTURE, quant_mins=[-(2**17), -8], quant_maxs=[1, 7]),
+        ValueError,
+        r"quant_mins\[0\] = -131072",
+    ),
+    "too few scales": (
+        lambda: mixed_fake_quant(X, torch.ones(1), MIXTURE["probs"], **RANGES),
+        ValueError,
+        r"scales has shape \(1,\); without an axis it must be \(2,\)",
+    ),
+    "scales without the channels": (
+        lambda: mixed_fake_quant(X, **_SEVERAL, axis=0),
+        ValueError,
+        r"scales has shape \(2,\); for axis 0 of an input of shape \(4, 6\) it must be \(2, 4\)",
+    ),
+    "too many probabilities": (
+        lambda: mixed_fake_quant(X, MIXTURE["scales"], torch.ones(3), **RANGES),
+        ValueError,
+        r"probs has shape \(3,\); without an axis it must be \(2,\)",
+    ),
+    "axis of a mixture": (lambda: mixed_fake_quant(X, **_SEVERAL, axis=5), ValueError, "axis is 5, out of range"),
+}
+
+
+@per_backend
+@pytest.mark.parametrize(("call", "error", "message"), _BAD.values(), ids=_BAD)
+def test_bad_arguments_are_named(call, error, message, name):
+    with backend(name), pytest.raises(error, match=message):
+        call()
+
+
+def _needs_grad(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.clone().requires_grad_() for tensor in tensors]
+
+
+_CHANNEL_SCALE = torch.linspace(0.1, 1, 6)
+# A transposed input and scales in another memory order: strides are part of what a fake promises.
+_CHANNEL_SCALES = torch.linspace(0.1, 1, 12).reshape(6, 2).t()
+_ONE_SETTINGS = (-8, 7)
+_SEVERAL_SETTINGS = (RANGES["quant_mins"], RANGES["quant_maxs"])
+_OPCHECKS = {
+    "fake_quant": (ops.fake_quant, (*_needs_grad(X, SCALE, None), *_ONE_SETTINGS, None)),
+    "fake_quant, channels and zero point": (
+        ops.fake_quant,
+        (*_needs_grad(X, _CHANNEL_SCALE, _CHANNEL_SCALE), *_ONE_SETTINGS, 1),
+    ),
+    "fake_quant, transposed": (ops.fake_quant, (X.t(), _CHANNEL_SCALE, None, *_ONE_SETTINGS, 0)),
+    "fake_quant_backward": (ops.fake_quant_backward, (X, X, SCALE, None, *_ONE_SETTINGS, None)),
+    "fake_quant_backward, channels and zero point": (
+        ops.fake_quant_backward,
+        (X.t(), X.t(), _CHANNEL_SCALE, _CHANNEL_SCALE, *_ONE_SETTINGS, 0),
+    ),
+    "mixed_fake_quant": (
+        ops.mixed_fake_quant,
+        (*_needs_grad(X, MIXTURE["scales"], MIXTURE["probs"]), *_SEVERAL_SETTINGS, None),
+    ),
+    "mixed_fake_quant, channels": (
+        ops.mixed_fake_quant,
+        (*_needs_grad(X, _CHANNEL_SCALES, MIXTURE["probs"]), *_SEVERAL_SETTINGS, 1),
+    ),
+    "mixed_fake_quant_backward": (
+        ops.mixed_fake_quant_backward,
+        (X, X, MIXTURE["scales"], MIXTURE["probs"], *_SEVERAL_SETTINGS, None),
+    ),
+    "mixed_fake_quant_backward, channels": (
+        ops.mixed_fake_quant_backward,
+        (X, X, _CHANNEL_SCALES, MIXTURE["probs"], *_SEVERAL_SETTINGS, 1),
+    ),
+}
+
+
+@per_backend
+@pytest.mark.parametrize(("op", "arguments"), _OPCHECKS.values(), ids=_OPCHECKS)
+def test_opcheck(op, arguments, name):
+    with backend(name):
+        torch.library.opcheck(op.default, arguments)
+
+
+class Quantizer(torch.nn.Module):
+    """Both operators, one feeding the other, with every kind of parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(_CHANNEL_SCALE.clone())
+        self.zero_point = torch.nn.Parameter(torch.linspace(-1, 1, 6))
+        self.scales = torch.nn.Parameter(MIXTURE["scales"].clone())
+        self.probs = torch.nn.Parameter(MIXTURE["probs"].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = fake_quant(x, self.scale, self.zero_point, quant_min=-8, quant_max=7, axis=-1)
+        return mixed_fake_quant(x, self.scales, self.probs, **RANGES)
+
+
+def _gradients(module: torch.nn.Module, run, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    run(x).square().sum().backward()
+    return [x.grad, *(parameter.grad.clone() for parameter in module.parameters())]
+
+
+class TestTorch:
+    def test_compiles_into_one_graph_with_the_same_results(self):
+        module = Quantizer()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(X), module(X))
+        for actual, expected in zip(_gradients(module, compiled, X), _gradients(module, module, X), strict=True):
+            assert torch.equal(actual, expected)
+
+    def test_compiles_once_for_all_batch_sizes(self):
+        module = Quantizer()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+        for rows in (4, 3, 2):
+            with torch.compiler.set_stance("default" if rows == 4 else "fail_on_recompile"):
+                assert torch.equal(compiled(X[:rows]), module(X[:rows]))
+
+    def test_exports(self):
+        module = Quantizer()
+        batch = torch.export.Dim("batch", min=2)
+        exported = torch.export.export(module, (X,), dynamic_shapes=({0: batch},))
+        targets = {str(node.target) for node in exported.graph.nodes}
+        assert {"asga.fake_quant.default", "asga.mixed_fake_quant.default"} <= targets
+        assert torch.equal(exported.module()(X[:3]), module(X[:3]))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_autocast_leaves_the_dtype_alone(self, dtype):
+        module = Quantizer()
+        with torch.autocast("cpu", dtype):
+            assert (X @ X.t()).dtype == dtype
+            y = module(X)
+        assert y.dtype == torch.float32
+        assert torch.equal(y, module(X))
+
+    @per_backend
+    @pytest.mark.parametrize("given", ["input", "scale"])
+    def test_a_second_derivative_is_refused(self, given, name):
+        arguments = {"input": X.clone(), "scale": SCALE.clone()}
+        value = arguments[given].requires_grad_()
+        several = {"scales": MIXTURE["scales"].clone(), "probs": MIXTURE["probs"].clone().requires_grad_()}
+        with backend(name):
+            one = fake_quant(**arguments, quant_min=-8, quant_max=7).square().sum()
+            mixture = mixed_fake_quant(X, **several, **RANGES).square().sum()
+            for loss, leaf in ((one, value), (mixture, several["probs"])):
+                (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+                with pytest.raises(RuntimeError, match="asga quantizers have no second derivative"):
+                    grad.sum().backward()
+
+    @per_backend
+    def test_keeps_the_input_and_nothing_else_of_its_size_for_backward(self, name):
+        saved = []
+        with (
+            backend(name),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t),
+        ):
+            x, scales, probs = _needs_grad(X, MIXTURE["scales"], MIXTURE["probs"])
+            mixed_fake_quant(x, scales, probs, **RANGES)
+        assert saved == [x.data_ptr(), scales.data_ptr(), probs.data_ptr()]

@@ -1,0 +1,187 @@
+import html.parser
+import json
+import re
+import sys
+
+import pytest
+
+from asga.policy import LayerPolicy, Policy
+from asga.report import write_report
+
+VOID = {"meta", "link", "br", "img"}
+
+
+class _Checker(html.parser.HTMLParser):
+    """Fails on a tag that closes another one; gathers headings, ids and the text outside of style sheets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.text += " " + data
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def _page(folder) -> _Checker:
+    checker = _Checker()
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    checker.feed(path.read_text(encoding="utf-8"))
+    assert checker.open == []
+    checker.text = " ".join(checker.text.split())
+    return checker
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory, fill_run):
+    """The page of a run with all its files, as a path and parsed."""
+    folder = tmp_path_factory.mktemp("run")
+    fill_run(folder)
+    return folder / "report.html", _page(folder)
+
+
+def test_a_complete_run_has_every_section(complete):
+    assert complete[1].headings == [
+        "Results",
+        "Policy",
+        "Cost against the budget",
+        "Training",
+        "Diagnostics of the ASGA step",
+        "Configuration",
+    ]
+
+
+def test_summary_and_results_are_in_words(complete):
+    text = complete[1].text
+    for expected in (
+        "budget BitOps ≤ w4a4, size ≤ 1.5MB",
+        "BitOps of the policy 1.5 M of 2.0 M (75.0 %), within the budget",
+        "size of the policy 1.0 MB of 1.5 MB (66.7 %), within the budget",
+        "time 1 h 2 min",
+        "searched mixed 94.0 % ± 1.4 % 0.250 1.5 M 75.0 % 1.0 MB 1 min 1 s",
+        "over 2 seeds",
+        "Each seed searches its own policy.",
+        "102.0 % expected at the end of the search; 107.0 % likeliest candidates",
+        "5.0 bits for weights and 6.7 bits for activations",
+        "asga 0.1.0 torch 2.13.0",
+    ):
+        assert expected in text
+
+
+def test_toss_ups_are_marked_and_explained(complete):
+    text = complete[1].text
+    assert "1 of 2 choices were toss-ups" in text
+    assert text.count("0.02 toss-up") == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "headings"),
+    [
+        (["config.json"], ["Configuration"]),
+        (["policy.json"], ["Policy"]),
+        (["metrics.jsonl"], ["Policy", "Cost against the budget", "Training", "Diagnostics of the ASGA step"]),
+        (["result.json"], ["Results", "Cost against the budget"]),
+        (
+            ["config.json", "policy.json", "result.json"],
+            ["Results", "Policy", "Cost against the budget", "Configuration"],
+        ),
+    ],
+    ids=lambda value: "+".join(value) if value[0].endswith(("json", "jsonl")) else "",
+)
+def test_any_subset_of_the_files_gives_a_page(run_folder, files, headings):
+    for path in run_folder.iterdir():
+        if path.name not in files:
+            path.unlink()
+    assert _page(run_folder).headings == headings
+
+
+def test_a_run_under_way_says_where_it_is(run_folder):
+    (run_folder / "result.json").unlink()
+    (run_folder / "policy.json").unlink()
+    text = _page(run_folder).text
+    assert "not finished; last epoch: searched/seed1, 1 of 2" in text
+    assert "time so far 3 min 0 s" in text
+    assert "There is no policy yet" in text
+    assert "toss-up" not in text
+
+
+def test_a_radius_on_its_bound_is_reported_for_the_stage(complete):
+    text = complete[1].text
+    assert "searched: the radius ρ was on its upper bound, rho_max, in 97.0 % of the steps" in text
+    assert "search: the radius" not in text
+
+
+def test_lines_that_were_cut_are_reported(complete, run_folder):
+    assert "could not be read" not in complete[1].text
+    with open(run_folder / "metrics.jsonl", "a") as file:
+        file.write('{"event": "epo')
+    assert "could not be read and are missing here: 1." in _page(run_folder).text
+
+
+def test_a_policy_over_its_budget_is_called_that(run_folder, policy):
+    meta = {**policy.meta, "limits": {"bitops": 1_000_000}}
+    Policy(policy, meta).save(run_folder / "policy.json")
+    assert "1.5 M of 1.0 M (150.0 %), over the budget" in _page(run_folder).text
+
+
+def test_everything_from_outside_is_escaped(run_folder, records, result):
+    attack = "<script>alert('x')</script>\"&$"
+    (run_folder / "config.json").write_text(json.dumps({"command": attack, "options": {attack: attack}}))
+    (run_folder / "result.json").write_text(
+        json.dumps({**result, "notes": [attack], "table": [{**result["table"][0], "name": attack}]})
+    )
+    lines = [json.dumps({**record, "stage": attack}) for record in records]
+    (run_folder / "metrics.jsonl").write_text("\n".join(lines))
+    Policy({attack: LayerPolicy(2, 2)}, {"architecture": attack}).save(run_folder / "policy.json")
+    page = _page(run_folder)
+    assert "<script" not in write_report(run_folder).read_text()
+    assert page.text.count("alert('x')") >= 7
+
+
+def test_the_page_needs_no_network(complete):
+    page = complete[0].read_text()
+    outside = set(re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page))
+    assert outside  # references within the figures
+    assert all(address.startswith("#") for address in outside)
+    assert "default-src 'none'" in page
+
+
+def test_references_within_figures_are_unique_on_the_page(complete):
+    path, page = complete
+    assert len(page.ids) == len(set(page.ids))
+    references = set(re.findall(r"(?:href=\"|url\()#([\w-]+)", path.read_text()))
+    assert references == set(page.ids)
+
+
+def test_colors_of_figures_follow_the_mode(complete):
+    figures = re.findall(r"<svg.*?</svg>", complete[0].read_text(), re.DOTALL)
+    assert len(figures) == 7  # policy, cost, three stages, diagnostics of two
+    for figure in figures:
+        assert "var(--ink)" in figure
+        assert re.findall(r"(?:fill|stroke): #\w+", figure) == []
+
+
+def test_the_same_run_gives_the_same_page(complete, run_folder):
+    assert write_report(run_folder).read_bytes() == complete[0].read_bytes()
+
+
+def test_a_missing_library_names_its_extra(run_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r"asga\[report\]"):
+        write_report(run_folder)
+    assert not (run_folder / "report.html").exists()

@@ -1,0 +1,50 @@
+import pytest
+
+from asga.report.run import read_run
+
+
+def test_epochs_are_grouped_by_stage_and_seed(run_folder):
+    run = read_run(run_folder)
+    assert {stage: list(seeds) for stage, seeds in run.stages.items()} == {
+        "float": [""],
+        "search": [""],
+        "searched": ["seed0", "seed1"],
+    }
+    assert [epoch["epoch"] for epoch in run.stages["search"][""]] == [1, 2]
+    assert run.last_epoch["stage"] == "searched/seed1"
+    assert run.unreadable == 0
+
+
+def test_a_stage_of_many_parts_keeps_its_name(tmp_path):
+    epoch = '{"event": "epoch", "stage": "transfer/uniform w4a4/seed12", "epoch": 1}\n'
+    (tmp_path / "metrics.jsonl").write_text(epoch)
+    assert list(read_run(tmp_path).stages) == ["transfer/uniform w4a4"]
+
+
+def test_the_last_line_of_a_killed_run_is_passed_over(run_folder):
+    whole = read_run(run_folder)
+    path = run_folder / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20])
+    cut = read_run(run_folder)
+    assert cut.unreadable == 1
+    assert list(cut.stages["searched"]) == ["seed0"]
+    assert cut.stages["search"] == whole.stages["search"]
+
+
+def test_missing_files_leave_their_part_empty(tmp_path):
+    (tmp_path / "config.json").write_text('{"command": "search"}')
+    run = read_run(tmp_path)
+    assert (run.policy, run.result, run.stages, run.last_epoch, run.probabilities) == (None, None, {}, None, {})
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"], ids=["not-json", "not-an-object"])
+@pytest.mark.parametrize("name", ["config.json", "result.json", "policy.json"])
+def test_a_damaged_file_is_named(run_folder, name, content):
+    (run_folder / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        read_run(run_folder)
