@@ -113,8 +113,8 @@ def evaluate(
 class Stage:
     """Epochs of training steps, with metrics, progress, checkpoints and an orderly stop.
 
-    Ctrl-C and SIGTERM end the step under way, save a checkpoint (with a `folder`) and raise
-    `KeyboardInterrupt`; a second Ctrl-C stops at once. With a checkpoint of this stage in the folder, `run`
+    Ctrl-C and SIGTERM end the step under way (after the last one, the epoch), save a checkpoint (with a `folder`)
+    and raise `KeyboardInterrupt`; a second Ctrl-C stops at once. With a checkpoint of this stage in the folder, `run`
     continues exactly where it was saved: after that very batch, with the same random numbers.
 
     Args:
@@ -182,7 +182,8 @@ class Stage:
             if self._progress is not None:
                 means = self._averages.means()
                 self._progress(Progress(self._name, self._epoch + 1, self._epochs, self._step, steps, means))
-            if stop.requested:
+            # After the last step the epoch is ended first: its record tells what that step saw, no checkpoint does.
+            if stop.requested and self._step < steps:
                 self._save()
                 raise KeyboardInterrupt
         record = {

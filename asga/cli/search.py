@@ -24,11 +24,9 @@ from asga.cli.pipeline import Setting, finish_run, float_model, training_seconds
 from asga.data import Batches
 from asga.runs import RunFolder
 from asga.search import PolicySearcher, SearchResult, SearchSpace
+from asga.search.result import TOSS_UP
 
 HELP = "search a bit-width policy on a small dataset"
-
-# Below this difference of log-probabilities the better candidate is at most 1.1 times as likely as the next.
-TOSS_UP = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

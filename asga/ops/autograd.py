@@ -15,12 +15,14 @@ class FakeQuant(torch.autograd.Function):
     def forward(
         ctx, input: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, axis: int | None
     ) -> Tensor:
+        """Keep the arguments and run the operator."""
         ctx.save_for_backward(input, scale, zero_point)
         ctx.settings = (quant_min, quant_max, axis)
         return torch.ops.asga.fake_quant.default(input, scale, zero_point, quant_min, quant_max, axis)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the arguments, in one sweep."""
         input, scale, zero_point = ctx.saved_tensors
         grads = torch.ops.asga.fake_quant_backward.default(grad, input, scale, zero_point, *ctx.settings)
         return grads[0], grads[1], (None if zero_point is None else grads[2]), None, None, None
@@ -39,12 +41,14 @@ class MixedFakeQuant(torch.autograd.Function):
         quant_maxs: list[int],
         axis: int | None,
     ) -> Tensor:
+        """Keep the arguments and run the operator."""
         ctx.save_for_backward(input, scales, probs)
         ctx.settings = (quant_mins, quant_maxs, axis)
         return torch.ops.asga.mixed_fake_quant.default(input, scales, probs, quant_mins, quant_maxs, axis)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the arguments, in one sweep."""
         grads = torch.ops.asga.mixed_fake_quant_backward.default(grad, *ctx.saved_tensors, *ctx.settings)
         return *grads, None, None, None
 

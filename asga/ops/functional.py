@@ -20,6 +20,7 @@ def fake_quant(
     quant_min: int,
     quant_max: int,
     axis: int | None = None,
+    group_size: int | None = None,
 ) -> Tensor:
     """Quantize to integers and back, in one sweep: ``(clamp(round(x / s) + z, quant_min, quant_max) - z) * s``.
 
@@ -29,21 +30,23 @@ def fake_quant(
 
     Args:
         input: Any shape, float32, bfloat16, float16 or float64.
-        scale: One element (per tensor) or shape ``[C]`` with ``C = input.shape[axis]`` (per channel); floating,
-            positive. Non-positive or NaN scales, and NaN zero points, give meaningless values but no error: checking
-            would stall a GPU.
+        scale: One element (per tensor), shape ``[C]`` with ``C = input.shape[axis]`` (per channel), or
+            ``[..., L / group_size]`` for an input ``[..., L]`` (per group); floating, positive. Non-positive or NaN scales,
+            and NaN zero points, give meaningless values but no error: checking would stall a GPU.
         zero_point: Like `scale`; rounded half to even before use. None is zero. Its magnitude must stay below
             2**21.
         quant_min: Smallest integer of the grid.
         quant_max: Largest integer of the grid.
-        axis: Dimension of the channels, or None for one scale in all.
+        axis: Dimension of the channels, or None for one scale in all or per group.
+        group_size: Neighbors along the last dimension that share a scale, as for the weights of language models.
+            An input that is not contiguous is copied, and the result is contiguous.
 
     Returns:
         A tensor with the shape, dtype and strides of ``torch.empty_like(input)``.
 
     Raises:
         TypeError: A tensor is not floating point.
-        ValueError: A range, axis, shape or device does not fit; the message names the argument.
+        ValueError: A range, axis, group size, shape or device does not fit; the message names the argument.
 
     Source:
         Esser et al., "Learned Step Size Quantization", ICLR 2020, eq. 1-3; Bhalgat et al., "LSQ+", 2020, for the
@@ -51,10 +54,19 @@ def fake_quant(
     """
     axis = _check_input(input, axis)
     _check_range("quant_min", "quant_max", quant_min, quant_max)
-    channels = 1 if axis is None else input.shape[axis]
-    _check_scale("scale", scale, input, axis, (channels,))
+    if group_size is not None:
+        groups = _check_groups(input, axis, group_size)
+        _check_scale("scale", scale, input, groups, grouped=True)
+        if zero_point is not None:
+            _check_scale("zero_point", zero_point, input, groups, grouped=True)
+            zero_point = zero_point.reshape(-1)
+        rows, scale = input.reshape(-1, group_size), scale.reshape(-1)
+        output = fake_quant(rows, scale, zero_point, quant_min=quant_min, quant_max=quant_max, axis=0)
+        return output.reshape(input.shape)
+    shape = (1,) if axis is None else (input.shape[axis],)
+    _check_scale("scale", scale, input, shape, axis)
     if zero_point is not None:
-        _check_scale("zero_point", zero_point, input, axis, (channels,))
+        _check_scale("zero_point", zero_point, input, shape, axis)
     run = FakeQuant.apply if plain_eager() else torch.ops.asga.fake_quant
     return run(input, scale, zero_point, quant_min, quant_max, axis)
 
@@ -67,6 +79,7 @@ def mixed_fake_quant(
     quant_mins: Sequence[int],
     quant_maxs: Sequence[int],
     axis: int | None = None,
+    group_size: int | None = None,
 ) -> Tensor:
     """Mixture of K quantizers in one sweep: ``sum_k probs[k] * fake_quant(x; scales[k], min_k, max_k)``.
 
@@ -76,18 +89,20 @@ def mixed_fake_quant(
 
     Args:
         input: Any shape, float32, bfloat16, float16 or float64.
-        scales: ``[K]`` (per tensor) or ``[K, C]`` with ``C = input.shape[axis]``; floating, positive.
+        scales: ``[K]`` (per tensor), ``[K, C]`` with ``C = input.shape[axis]`` (per channel), or
+            ``[K, ..., L / group_size]`` for an input ``[..., L]`` (per group); floating, positive.
         probs: ``[K]``, the weights of the candidates. They need not sum to one.
         quant_mins: K integers, the smallest of each grid.
         quant_maxs: K integers, the largest of each grid.
-        axis: Dimension of the channels, or None for one scale per candidate.
+        axis: Dimension of the channels, or None for one scale per candidate, in all or per group.
+        group_size: Neighbors along the last dimension that share scales; see `fake_quant`.
 
     Returns:
         A tensor with the shape, dtype and strides of ``torch.empty_like(input)``.
 
     Raises:
         TypeError: A tensor is not floating point.
-        ValueError: A range, count, axis, shape or device does not fit; the message names the argument.
+        ValueError: A range, count, axis, group size, shape or device does not fit; the message names the argument.
 
     Source:
         Cai and Vasconcelos, "Rethinking Differentiable Search for Mixed-Precision Neural Networks" (EdMIPS),
@@ -102,9 +117,15 @@ def mixed_fake_quant(
         raise ValueError(f"quant_maxs has {len(quant_maxs)} entries but quant_mins has {candidates}")
     for k, (low, high) in enumerate(zip(quant_mins, quant_maxs, strict=True)):
         _check_range(f"quant_mins[{k}]", f"quant_maxs[{k}]", low, high)
+    _check_scale("probs", probs, input, (candidates,))
+    if group_size is not None:
+        groups = _check_groups(input, axis, group_size)
+        _check_scale("scales", scales, input, (candidates, *groups), grouped=True)
+        rows, scales = input.reshape(-1, group_size), scales.reshape(candidates, -1)
+        output = mixed_fake_quant(rows, scales, probs, quant_mins=quant_mins, quant_maxs=quant_maxs, axis=0)
+        return output.reshape(input.shape)
     channels = () if axis is None else (input.shape[axis],)
-    _check_scale("scales", scales, input, axis, (candidates, *channels))
-    _check_scale("probs", probs, input, None, (candidates,))
+    _check_scale("scales", scales, input, (candidates, *channels), axis)
     run = MixedFakeQuant.apply if plain_eager() else torch.ops.asga.mixed_fake_quant
     return run(input, scales, probs, quant_mins, quant_maxs, axis)
 
@@ -128,11 +149,26 @@ def _check_range(name_min: str, name_max: str, quant_min: int, quant_max: int) -
         raise ValueError(f"{name_min} = {quant_min}, {name_max} = {quant_max}: grids beyond 16 bits are not supported")
 
 
-def _check_scale(name: str, scale: Tensor, input: Tensor, axis: int | None, shape: tuple[int, ...]) -> None:
+def _check_groups(input: Tensor, axis: int | None, group_size: int) -> tuple[int, ...]:
+    """The shape of the scales of an input with one scale per group."""
+    if axis is not None:
+        raise ValueError(f"axis is {axis} and group_size is {group_size}; give one of them")
+    length = input.shape[-1] if input.dim() > 0 else 1
+    if group_size < 1 or length % group_size != 0:
+        raise ValueError(f"group_size is {group_size}, which does not divide the last dimension of input, {length}")
+    return (*input.shape[:-1], length // group_size)
+
+
+def _check_scale(
+    name: str, scale: Tensor, input: Tensor, shape: tuple[int, ...], axis: int | None = None, *, grouped: bool = False
+) -> None:
     if not scale.is_floating_point():
         raise TypeError(f"{name} has dtype {scale.dtype}; a real floating-point tensor is needed")
     if scale.device != input.device:
         raise ValueError(f"{name} is on {scale.device} but input is on {input.device}")
-    if scale.shape != shape and not (axis is None and shape == (1,) and scale.numel() == 1):
-        where = "without an axis" if axis is None else f"for axis {axis} of an input of shape {tuple(input.shape)}"
-        raise ValueError(f"{name} has shape {tuple(scale.shape)}; {where} it must be {shape}")
+    if scale.shape == shape or (axis is None and shape == (1,) and scale.numel() == 1 and not grouped):
+        return
+    of_input = f"of an input of shape {tuple(input.shape)}"
+    where = f"for axis {axis} {of_input}" if axis is not None else "without an axis"
+    where = f"for the groups {of_input}" if grouped else where
+    raise ValueError(f"{name} has shape {tuple(scale.shape)}; {where} it must be {shape}")

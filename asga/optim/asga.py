@@ -161,8 +161,8 @@ class ASGA(Optimizer):
             raise ValueError("params holds no parameter: every group is empty")
         self._radius = Radius(rho_min, rho_max, adaptive=radius == "adaptive", device=device)
         self._steps, self._skipped = torch.zeros(2, dtype=torch.int64, device=device).unbind()
-        # Of the last step: h, rho, ||T g0||^2, s and the four dot products; unknown at first.
-        self._last = torch.full((8,), math.nan, dtype=torch.float64, device=device)
+        unknown = torch.full((), math.nan, dtype=torch.float64, device=device)
+        self._last = _LastStep(unknown, unknown, unknown, unknown, passes.GradientDots(*[unknown] * 4))
 
     @property
     def rho(self) -> Tensor:
@@ -277,7 +277,7 @@ class ASGA(Optimizer):
         self._radius.update(gap, finite)
         self._steps.add_(1)
         self._skipped.add_(~finite)
-        self._last.copy_(torch.stack([gap, pending.rho, pending.q0, pending.step, *dots]))
+        self._last = _LastStep(gap, pending.rho, pending.q0, pending.step, dots)
         # The one synchronization: the step of an arbitrary optimizer can only be left out by the host.
         if finite.item():
             self.base_optimizer.step()
@@ -315,8 +315,7 @@ class ASGA(Optimizer):
             `share_at_rho_max` of the updates of the radius (0 when constant), and the counts `steps` and
             `skipped`.
         """
-        h, rho, q0, step, *rest = self._last
-        dots = passes.GradientDots(*rest)
+        h, rho, q0, step, dots = self._last
         norm_g0, norm_g1 = dots.g0_g0.sqrt(), dots.g1_g1.sqrt()
         updates = self._radius.updates.clamp(min=1)
         values = {
@@ -338,7 +337,7 @@ class ASGA(Optimizer):
         return report
 
     def state_dict(self) -> dict[str, object]:
-        """The base optimizer's state dict (`state`, `param_groups`) and, under `asga`, radius, counters and diagnostics.
+        """The base optimizer's state dict (`state`, `param_groups`) and, under `asga`, radius and counters.
 
         Backups are no part of it: a step is never saved halfway.
 
@@ -423,7 +422,7 @@ class ASGA(Optimizer):
         return torch.as_tensor(loss).detach().to(self.rho.device, torch.float64).reshape(())
 
     def _own_state(self) -> dict[str, Tensor]:
-        return {**self._radius.state(), "steps": self._steps, "skipped": self._skipped, "last": self._last}
+        return {**self._radius.state(), "steps": self._steps, "skipped": self._skipped}
 
     def _shapes(self) -> Shapes:
         return [tuple(tuple(p.shape) for p in group["params"]) for group in self.param_groups]
@@ -457,6 +456,16 @@ class _Pending(NamedTuple):
     rho: Tensor
     q0: Tensor
     step: Tensor
+
+
+class _LastStep(NamedTuple):
+    """Scalars of the last step, on the device, for `diagnostics`."""
+
+    h: Tensor
+    rho: Tensor
+    q0: Tensor
+    step: Tensor
+    dots: passes.GradientDots
 
 
 def _call(closure: Callable[[], Tensor | float]) -> Tensor | float:

@@ -4,9 +4,7 @@ import math
 from dataclasses import dataclass
 
 from asga.report.run import Run
-
-# Below this difference of log-probabilities the better candidate is at most 1.1 times as likely as the next.
-TOSS_UP = 0.1
+from asga.search.result import TOSS_UP
 
 
 @dataclass(frozen=True)

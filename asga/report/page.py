@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from asga._extras import require
 from asga._files import write_atomic
 from asga.report.curves import cost_figure, diagnostics_figure, training_figure
-from asga.report.layers import TOSS_UP, layer_rows, toss_ups
+from asga.report.layers import layer_rows, toss_ups
 from asga.report.policy import policy_figure
 from asga.report.run import METRIC_NAMES, Run, Seeds, read_run
 from asga.report.style import COLORS, to_svg
+from asga.search.result import TOSS_UP
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

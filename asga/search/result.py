@@ -15,6 +15,8 @@ from asga.search.costs import Costs, LayerProfile, cost_tables, policy_costs
 from asga.search.solver import solve
 from asga.search.space import LayerChoices, SpaceChoices
 
+# Below this difference of log-probabilities the better candidate is at most 1.1 times as likely as the next.
+TOSS_UP = 0.1
 _FORMAT, _VERSION = "asga.search", 1
 
 

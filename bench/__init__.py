@@ -1,0 +1,17 @@
+"""Benchmarks of the operators, against every other implementation of the same work that is installed.
+
+    asga bench --quick
+    asga bench --only "core/*/float32" --json bench/results/cpu.json --png bench/results/cpu.png
+
+The same cases one by one, with pytest-benchmark (`pip install "asga[bench]"`), from a clone of the repository::
+
+    pytest bench --benchmark-only --benchmark-group-by=group
+
+Before anything is timed, forward and gradients of every implementation are compared with the reference: one that
+computes something else is left out, with the reason.
+"""
+
+from asga.bench.run import Config, Result, Timing, run
+from asga.bench.shapes import Case, select
+
+__all__ = ["Case", "Config", "Result", "Timing", "run", "select"]
