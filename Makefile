@@ -49,7 +49,7 @@ format: $(VENV)/lint.stamp  ## Format the sources in place.
 
 clean:  ## Remove the environment and everything built. Runs are kept.
 	rm -rf $(VENV) build dist *.egg-info asga/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find asga kernels tests -name __pycache__ -prune -exec rm -rf {} +
+	find asga kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/demo.stamp: EXTRAS := [search,report]
 $(VENV)/test.stamp: EXTRAS := [test]

@@ -65,7 +65,9 @@ def make_inputs(case: Case, device: torch.device | str) -> Inputs:
     mixed = len(case.bits) > 1
     if not mixed and case.axis is not None:
         scales = scales[0].clone()
-    probs = torch.softmax(torch.linspace(0.0, 1.0, len(case.bits), device=device), 0).requires_grad_() if mixed else None
+    probs = (
+        torch.softmax(torch.linspace(0.0, 1.0, len(case.bits), device=device), 0).requires_grad_() if mixed else None
+    )
     return Inputs(case, x.requires_grad_(), scales.requires_grad_(), probs, grad, ranges)
 
 

@@ -1,7 +1,7 @@
 """What is measured: tensors of real networks and sweeps over sizes, with the bytes that each must move."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -64,11 +64,11 @@ class Case:
         return {"forward": 2, "forward+backward": 5}[passes] * self.nbytes
 
 
-def select(pattern: str, batch_size: int) -> list[Case]:
-    """The cases whose name matches, each tensor once (under its first name).
+def select(patterns: Sequence[str], batch_size: int) -> list[Case]:
+    """The cases whose name matches one of the patterns, each tensor once (under its first name).
 
     Args:
-        pattern: As a shell would match file names: ``core/*``, ``*/weight-*/k5/bfloat16``.
+        patterns: As a shell would match file names: ``core/*``, ``*/weight-*/k5/bfloat16``.
         batch_size: Of the activations of convolutional networks and vision transformers.
 
     Raises:
@@ -76,11 +76,11 @@ def select(pattern: str, batch_size: int) -> list[Case]:
     """
     found: dict[tuple, Case] = {}
     for case in _all_cases(batch_size):
-        if fnmatchcase(case.name, pattern):
+        if any(fnmatchcase(case.name, pattern) for pattern in patterns):
             found.setdefault((case.kind, case.shape, case.bits, case.dtype), case)
     if not found:
         raise ValueError(
-            f"no case matches {pattern!r}; names look like 'core/weight-64x64x3x3/k5/float32', and the suites are "
+            f"no case matches {' '.join(patterns)!r}; names look like 'core/weight-64x64x3x3/k5/float32', and the suites are "
             f"{', '.join(_suites(batch_size))}"
         )
     return list(found.values())
@@ -96,7 +96,7 @@ def _all_cases(batch_size: int) -> Iterator[Case]:
 
 
 def _suites(batch_size: int) -> dict[str, dict[str, list[tuple[int, ...]]]]:
-    """Shapes by suite and kind; those of networks are the distinct weights, and the distinct inputs of their layers."""
+    """Shapes by suite and kind; of networks the weights, and the inputs of their convolutions and linear layers."""
 
     def batches(*shapes: tuple[int, ...]) -> list[tuple[int, ...]]:
         return [(batch_size, *shape) for shape in shapes]
@@ -117,9 +117,9 @@ def _suites(batch_size: int) -> dict[str, dict[str, list[tuple[int, ...]]]]:
             "weight": [
                 (64, 3, 7, 7),
                 (64, 64, 3, 3),
-                *_stage(128, 64),
-                *_stage(256, 128),
-                *_stage(512, 256),
+                *_basic_blocks(128, 64),
+                *_basic_blocks(256, 128),
+                *_basic_blocks(512, 256),
                 (1000, 512),
             ],
             "act": [*images((3, 224), (64, 56), (128, 28), (256, 14), (512, 7)), *batches((512,))],
@@ -128,13 +128,10 @@ def _suites(batch_size: int) -> dict[str, dict[str, list[tuple[int, ...]]]]:
         "resnet50": {
             "weight": [
                 (64, 3, 7, 7),
-                *(shape for width, inner in ((64, 64), (128, 256), (256, 512), (512, 1024)) for shape in (
-                    (width, inner, 1, 1),
-                    (width, width, 3, 3),
-                    (4 * width, width, 1, 1),
-                    (4 * width, inner, 1, 1),
-                    (width, 4 * width, 1, 1),
-                )),
+                *_bottlenecks(64, 64),
+                *_bottlenecks(128, 256),
+                *_bottlenecks(256, 512),
+                *_bottlenecks(512, 1024),
                 (1000, 2048),
             ],
             "act": [
@@ -173,9 +170,15 @@ def _suites(batch_size: int) -> dict[str, dict[str, list[tuple[int, ...]]]]:
     }
 
 
-def _stage(width: int, inner: int) -> list[tuple[int, ...]]:
-    """Weights of a stage of basic blocks that doubles the channels."""
-    return [(width, inner, 3, 3), (width, width, 3, 3), (width, inner, 1, 1)]
+def _basic_blocks(width: int, inputs: int) -> list[tuple[int, ...]]:
+    """Weights of a stage of ResNet-18 with a projection on its shortcut."""
+    return [(width, inputs, 3, 3), (width, width, 3, 3), (width, inputs, 1, 1)]
+
+
+def _bottlenecks(width: int, inputs: int) -> list[tuple[int, ...]]:
+    """Weights of a stage of ResNet-50: the first block, its projection, and the later blocks."""
+    first = _pointwise((width, inputs), (4 * width, width), (4 * width, inputs), (width, 4 * width))
+    return [*first, (width, width, 3, 3)]
 
 
 def _pointwise(*sizes: tuple[int, int]) -> list[tuple[int, ...]]:

@@ -99,11 +99,15 @@ def mixed_fake_quant_backward(
         axis: See `mixed_fake_quant`.
 
     Returns:
-        The gradient of `input` with the strides of ``torch.empty_like(input)``, the others contiguous; each
-        with the shape and dtype of what it belongs to.
+        Gradients of `input`, `scales` and `probs`, each with the shape, dtype and strides that
+        ``torch.empty_like`` of it has.
     """
     grad_input = torch.empty_like(input)
-    scales, probs = scales.contiguous(), probs.contiguous()
+    if not scales.is_contiguous():
+        like = torch.empty_like(scales)
+        grads = mixed_fake_quant_backward(grad, input, scales.contiguous(), probs, quant_mins, quant_maxs, axis)
+        return grads[0], like.copy_(grads[1]), grads[2]
+    probs = probs.contiguous()
     grad_scales, grad_probs = torch.empty_like(scales), torch.empty_like(probs)
     if input.numel() == 0:
         return grad_input, grad_scales.zero_(), grad_probs.zero_()

@@ -142,11 +142,12 @@ def wheel(built) -> Path:
 @needs_compiler
 class TestDistributions:
     def test_the_sdist_holds_what_building_and_testing_need(self, built):
+        tree = built.parent / "tree"
         (sdist,) = built.glob("*.tar.gz")
         with tarfile.open(sdist) as archive:
             held = {name.partition("/")[2] for name in archive.getnames()}
         for folder, kinds in {"csrc": ("*.cpp", "*.cu", "*.h"), "kernels": ("*.py",), "tests": ("*.py",)}.items():
-            files = {str(path.relative_to(ROOT)) for kind in kinds for path in (ROOT / folder).rglob(kind)}
+            files = {str(path.relative_to(tree)) for kind in kinds for path in (tree / folder).rglob(kind)}
             assert files
             assert files <= held
         assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "CITATION.cff"} <= held

@@ -34,7 +34,8 @@ class Console:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""

@@ -3,6 +3,8 @@
 import argparse
 import time
 
+import torch
+
 from asga.cli.console import Console
 from asga.cli.options import add_run_options, check_at_least_one, model_factory, recorded, validation_batches
 from asga.cli.pipeline import (
@@ -114,6 +116,7 @@ def _search(proxy: Setting, seed: int) -> tuple[SearchResult, float]:
         stage=stage,
         meta={"architecture": _MODEL, "proxy": "digits", "method": "asga"},
     )
+    torch.manual_seed(seed)  # the same random numbers when the float model was finished earlier
     result = searcher.fit(proxy.train)
     seconds = training_seconds(result.history)
     result.save(path)

@@ -80,6 +80,8 @@ def run(options: argparse.Namespace) -> None:
         if options.init is None:
             setting = Setting(folder, console, train, val, autocast_dtype(options))
             model, _ = float_model(setting, build, epochs=options.float_epochs, seed=options.seed)
+        # The same random numbers whether the float model was just trained, read from a file or finished earlier.
+        torch.manual_seed(options.seed)
         result = searcher(model, folder).fit(train)
         result.save(folder.path / "search.json")
         console.note(str(result.policy))

@@ -31,8 +31,8 @@ def fake_quant(
     Args:
         input: Any shape, float32, bfloat16, float16 or float64.
         scale: One element (per tensor), shape ``[C]`` with ``C = input.shape[axis]`` (per channel), or
-            ``[..., L / group_size]`` for an input ``[..., L]`` (per group); floating, positive. Non-positive or NaN scales,
-            and NaN zero points, give meaningless values but no error: checking would stall a GPU.
+            ``[..., L / group_size]`` for an input ``[..., L]`` (per group); floating, positive. Non-positive or NaN
+            scales, and NaN zero points, give meaningless values but no error: checking would stall a GPU.
         zero_point: Like `scale`; rounded half to even before use. None is zero. Its magnitude must stay below
             2**21.
         quant_min: Smallest integer of the grid.

@@ -132,7 +132,7 @@ class SearchResult:
                 },
                 expected_cost=data["expected_cost"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a search result that this asga can read: {error!r}") from error
 
 

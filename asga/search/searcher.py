@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from asga._extras import require
 from asga.convert import prepare
 from asga.nn import calibrate, logits, parameter_groups, set_temperature
 from asga.nn.layers import QuantizedLayer
@@ -167,6 +168,7 @@ class PolicySearcher:
             ImportError: scipy is not installed.
             ValueError: The loader is empty, has no length, or has one class only.
         """
+        require("scipy.optimize", "search")  # the last step needs it; it would be a pity to learn it then
         count_batches(loader)
         _check_classes(loader)
         example = self.example_inputs if self.example_inputs is not None else first_batches(loader, 1)[0][0][:1]

@@ -56,6 +56,7 @@ Tensor fake_quant(Tensor input, Tensor scale, std::optional<Tensor> zero_point, 
   const auto zero_points = to_optional_parameter("zero_point", zero_point, input, layout.channels, type);
   Tensor output = empty_as(dense);
   if (layout.numel() == 0) return output;
+  prefer_huge_pages(output);
 
   const Work work = plan_work(layout);
   with_storage_type(dense, [&](auto storage) {
@@ -80,6 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(Tensor grad, Tensor input
   const Tensor scales = to_parameter("scale", scale, input, layout.channels, type);
   const auto zero_points = to_optional_parameter("zero_point", zero_point, input, layout.channels, type);
   Tensor grad_input = empty_as(dense);
+  prefer_huge_pages(grad_input);
   Tensor grad_scale = empty_as(scales);
   Tensor grad_zero_point = zero_points.has_value() ? empty_as(*zero_points) : torch::stable::new_empty(scale, {0});
 

@@ -70,6 +70,7 @@ Tensor mixed_fake_quant(Tensor input, Tensor scales, Tensor probs, std::vector<i
   const Tensor prob_values = to_parameter("probs", probs, input, candidates, type);
   Tensor output = empty_as(dense);
   if (layout.numel() == 0) return output;
+  prefer_huge_pages(output);
 
   const Work work = plan_work(layout);
   with_storage_type(dense, [&](auto storage) {
@@ -97,6 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> mixed_fake_quant_backward(Tensor grad, Tensor
   const Tensor scale_values = to_parameter("scales", scales, input, candidates * layout.channels, type);
   const Tensor prob_values = to_parameter("probs", probs, input, candidates, type);
   Tensor grad_input = empty_as(dense);
+  prefer_huge_pages(grad_input);
   Tensor grad_scales = empty_as(scale_values);
   Tensor grad_probs = empty_as(prob_values);
 

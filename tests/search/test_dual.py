@@ -57,7 +57,7 @@ class TestUpdate:
         assert dual.multipliers == {"bitops": 0.0}
 
 
-@pytest.mark.parametrize("pull", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("pull", [0.3, 1.0])
 @pytest.mark.parametrize("steps", [200, 1000])
 def test_cost_ends_at_the_budget(pull, steps):
     """A logit wants the cost up, with some force: the multiplier finds what holds it at the limit."""

@@ -119,14 +119,18 @@ void backward(const Work& work, const Grids<compute_t<scalar_t>>& grids, const s
     for (int64_t j = 0; j < work.width; j += kLanes) {
       const int64_t count = work.width - j < kLanes ? work.width - j : kLanes;
       const LaneGrids<V> lanes = lane_grids<V>(grids, j, count);
-      LaneSums<V> sums = {};
-      if (count == kLanes)
-        backward_strip(g + j, x + j, dx + j, piece.count, work.width, lanes, sums);
-      else
-        for (int64_t row = 0, at = j; row < piece.count; ++row, at += work.width)
-          backward_tail(g + at, x + at, dx + at, count, lanes, sums);
-      store_sums(out + j, sums.scale, count);
-      store_sums(out + work.width + j, sums.outside, count);
+      for (int64_t first = 0; first < piece.count; first += kLongestSum) {
+        const int64_t rows = piece.count - first < kLongestSum ? piece.count - first : kLongestSum;
+        LaneSums<V> sums = {};
+        int64_t at = j + first * work.width;
+        if (count == kLanes)
+          backward_strip(g + at, x + at, dx + at, rows, work.width, lanes, sums);
+        else
+          for (int64_t row = 0; row < rows; ++row, at += work.width)
+            backward_tail(g + at, x + at, dx + at, count, lanes, sums);
+        add_sums(out + j, sums.scale, count);
+        add_sums(out + work.width + j, sums.outside, count);
+      }
     }
   }
 }

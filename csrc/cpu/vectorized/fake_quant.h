@@ -19,8 +19,8 @@ struct FakeQuantLoops {
   // Handle the pieces from `begin` to `end`.
   void (*forward)(const Work&, const Grids<compute>&, const scalar_t* input, scalar_t* output, int64_t begin,
                   int64_t end);
-  // Also leaves, per piece, the sums for the gradients of scale and zero point: rows [pieces, 2], columns
-  // [pieces, 2, width]. The sum for the zero point is per unit of -scale.
+  // Also adds to `sums`, zero at first, per piece: the sums for the gradients of scale and zero point: rows [pieces,
+  // 2], columns [pieces, 2, width]. The sum for the zero point is per unit of -scale.
   void (*backward)(const Work&, const Grids<compute>&, const scalar_t* grad, const scalar_t* input,
                    scalar_t* grad_input, double* sums, int64_t begin, int64_t end);
 };

@@ -22,6 +22,9 @@ namespace {
 
 constexpr int kLanes = 16;
 
+// Float32 sums go on in double after this many additions: their error stays near that of one addition.
+constexpr int64_t kLongestSum = 512;
+
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
@@ -165,8 +168,8 @@ ASGA_INLINE double sum_lanes(V value) {
 }
 
 template <typename V>
-ASGA_INLINE void store_sums(double* to, V sums, int64_t count) {
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = static_cast<double>(sums[lane]);
+ASGA_INLINE void add_sums(double* to, V sums, int64_t count) {
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] += static_cast<double>(sums[lane]);
 }
 
 }  // namespace

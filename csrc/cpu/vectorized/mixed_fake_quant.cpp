@@ -181,15 +181,19 @@ void backward(const Work& work, const MixedGrids<compute_t<scalar_t>>& grids, co
     for (int64_t j = 0; j < work.width; j += kLanes) {
       const int64_t count = work.width - j < kLanes ? work.width - j : kLanes;
       const LaneGrids<V> lanes = lane_grids<V>(grids, j, count);
-      LaneSums<V> sums = {};
-      if (count == kLanes)
-        strip(g + j, x + j, dx + j, piece.count, work.width, lanes, sums);
-      else
-        for (int64_t row = 0, at = j; row < piece.count; ++row, at += work.width)
-          backward_tail(g + at, x + at, dx + at, count, lanes, sums, strip);
-      for (int k = 0; k < grids.candidates; ++k) {
-        store_sums(out + 2 * k * work.width + j, sums.residual[k], count);
-        store_sums(out + (2 * k + 1) * work.width + j, sums.rounded[k], count);
+      for (int64_t first = 0; first < piece.count; first += kLongestSum) {
+        const int64_t rows = piece.count - first < kLongestSum ? piece.count - first : kLongestSum;
+        LaneSums<V> sums = {};
+        int64_t at = j + first * work.width;
+        if (count == kLanes)
+          strip(g + at, x + at, dx + at, rows, work.width, lanes, sums);
+        else
+          for (int64_t row = 0; row < rows; ++row, at += work.width)
+            backward_tail(g + at, x + at, dx + at, count, lanes, sums, strip);
+        for (int k = 0; k < grids.candidates; ++k) {
+          add_sums(out + 2 * k * work.width + j, sums.residual[k], count);
+          add_sums(out + (2 * k + 1) * work.width + j, sums.rounded[k], count);
+        }
       }
     }
   }

@@ -24,8 +24,8 @@ struct MixedFakeQuantLoops {
   // Handle the pieces from `begin` to `end`.
   void (*forward)(const Work&, const MixedGrids<compute>&, const scalar_t* input, scalar_t* output, int64_t begin,
                   int64_t end);
-  // Also leaves, per piece and candidate, sum g (q - v [inside]) and sum g q: rows [pieces, K, 2], columns
-  // [pieces, K, 2, width].
+  // Also adds to `sums`, zero at first, per piece and candidate: sum g (q - v [inside]) and sum g q: rows [pieces, K,
+  // 2], columns [pieces, K, 2, width].
   void (*backward)(const Work&, const MixedGrids<compute>&, const scalar_t* grad, const scalar_t* input,
                    scalar_t* grad_input, double* sums, int64_t begin, int64_t end);
 };

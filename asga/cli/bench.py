@@ -1,0 +1,53 @@
+"""``asga bench``: the operators against every other implementation of the same work that is installed."""
+
+import argparse
+
+import torch
+
+from asga._files import write_json
+
+HELP = "measure the operators against other implementations"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("--quick", action="store_true", help="few cases and rounds, under three minutes on two cores")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PATTERN", help="cases by name, such as 'core/*' (the default) or '*/k5/bfloat16'"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and run nothing")
+    parser.add_argument("--json", metavar="FILE", help="write all results and the facts of the machine")
+    parser.add_argument("--png", metavar="FILE", help="draw bandwidth against size")
+    parser.add_argument("--batch-size", type=int, default=64, help="of activations")
+    parser.add_argument("--rounds", type=int, help="samples of each implementation at most; default: 31, quick 7")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print the table and write the files; after Ctrl-C, of what is there."""
+    # Only here: no other command has a use for the benchmarks.
+    from dataclasses import replace
+
+    from asga.bench.roofline import write_png
+    from asga.bench.run import Config, plan, report
+    from asga.bench.run import run as measure
+    from asga.bench.table import render
+
+    config = Config.quick(options.device) if options.quick else Config(device=options.device)
+    config = replace(config, batch_size=options.batch_size, rounds=options.rounds or config.rounds)
+    if options.only:
+        config = replace(config, only=tuple(options.only))
+    if options.list:
+        print("\n".join(dict.fromkeys(case.name for case, _ in plan(config))))
+        return
+    results = []
+    try:
+        for result in measure(config, progress=lambda line: print(line, flush=True)):
+            results.append(result)
+    finally:
+        if results:
+            print(f"\n{render(results)}")
+            if options.json:
+                write_json(options.json, report(config, results))
+            if options.png:
+                write_png(options.png, results)

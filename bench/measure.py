@@ -1,0 +1,182 @@
+"""How things are measured: time in interleaved rounds, page faults, peak memory, and what freed memory does."""
+
+import ctypes
+import gc
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+# A sampler runs something once or several times and returns the seconds of one call.
+Sampler = Callable[[], float]
+
+# The parameters of glibc's mallopt (malloc.h).
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+_BACKWARD_MARK = "asga.bench: backward"
+
+
+def interleaved(samplers: Mapping[str, Sampler], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Take one sample of each in turn, so that whatever slows the machine for a while slows them all.
+
+    Args:
+        samplers: By name.
+        rounds: How many rounds at most.
+        seconds: Stop after this time; three rounds are taken in any case.
+
+    Returns:
+        Samples by name, equally many; those at the same place were taken in the same round.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    started = time.perf_counter()
+    with _no_garbage_collection():
+        for done in range(rounds):
+            if done >= 3 and time.perf_counter() - started > seconds:
+                break
+            for name, sampler in samplers.items():
+                samples[name].append(sampler())
+    return samples
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile, which are among or between the values."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return low, middle, high
+
+
+def wall_time(call: Callable[[], object], seconds: float, device: torch.device) -> Sampler:
+    """Time of a call on the host's clock, calls following each other; on a GPU until its queue has run dry.
+
+    Args:
+        call: Warmed up here.
+        seconds: Length of a sample; it holds at least one call.
+        device: Where the work is done.
+    """
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def sample(calls: int) -> float:
+        synchronize()
+        started = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize()
+        return (time.perf_counter() - started) / calls
+
+    sample(2)
+    calls = max(1, round(seconds / min(sample(1) for _ in range(3))))
+    return lambda: sample(calls)
+
+
+def device_time(call: Callable[[], object], device: torch.device) -> Sampler:
+    """Time of a call on the clock of a GPU, from a cold cache.
+
+    The L2 cache is overwritten before. The queue is held up meanwhile, so that the host is ahead of the GPU and its
+    time does not count, except where the call itself waits for the GPU.
+    """
+    flushed = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        flushed.zero_()
+        torch.cuda._sleep(4_000_000)  # cycles: about 2 ms, more than the host needs for any of the calls
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    for _ in range(3):
+        sample()
+    return sample
+
+
+def keep_freed_memory() -> None:
+    """From now on, in this process, memory that is freed stays with the process and is used again.
+
+    By default glibc takes blocks of more than 32 MiB from the operating system and gives them back when they are
+    freed, so that every large output is written to new pages, at the price of a page fault each.
+    """
+    libc = ctypes.CDLL(None)
+    if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)):
+        raise OSError("mallopt refused to keep freed memory")
+
+
+def is_glibc() -> bool:
+    """Whether the allocator is the one that `keep_freed_memory` knows (as far as can be told)."""
+    return platform.libc_ver()[0] == "glibc"
+
+
+def page_faults(call: Callable[[], object]) -> int:
+    """Pages that the operating system had to provide during one call, in all threads."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def peak_memory(forward: Callable[[], T], backward: Callable[[T], object], device: torch.device) -> tuple[int, int]:
+    """Bytes that tensors occupied at the worst moment, beyond what was there before: of forward, and of backward.
+
+    On a CPU every allocation is recorded by torch's profiler, exact to the byte; working memory that a kernel takes
+    without torch's allocator is not seen. On a GPU it is what torch's allocator counts, in blocks of 512 bytes.
+
+    Args:
+        forward: Returns the output. What it keeps for backward counts for it.
+        backward: Takes the output. Its peak is counted from where forward ended.
+        device: Where the work is done.
+    """
+    return _peak_on_gpu(forward, backward, device) if device.type == "cuda" else _peak_on_cpu(forward, backward)
+
+
+def _peak_on_gpu(forward: Callable[[], T], backward: Callable[[T], object], device: torch.device) -> tuple[int, int]:
+    def start() -> int:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+
+    before_forward = start()
+    output = forward()
+    forward_peak = torch.cuda.max_memory_allocated(device)
+    before_backward = start()
+    backward(output)
+    return forward_peak - before_forward, torch.cuda.max_memory_allocated(device) - before_backward
+
+
+def _peak_on_cpu(forward: Callable[[], T], backward: Callable[[T], object]) -> tuple[int, int]:
+    # The profiler announces every start and stop on stderr unless told otherwise before its first use.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        output = forward()
+        with torch.profiler.record_function(_BACKWARD_MARK):
+            gradients = backward(output)
+    del output, gradients
+    # The public API adds allocations up by operator; their order is only in the raw events.
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    level, base, peaks = 0, 0, [0]
+    for event in events:
+        if event.name() == _BACKWARD_MARK:
+            base = level
+            peaks.append(0)
+        elif event.name() == "[memory]":
+            level += event.nbytes()
+            peaks[-1] = max(peaks[-1], level - base)
+    forward_peak, backward_peak = peaks
+    return forward_peak, backward_peak
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,288 @@
+"""Runs cases: every implementation in interleaved rounds, under each condition of memory."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+
+from asga.bench.inputs import Inputs, make_inputs
+from asga.bench.machine import available_memory, machine_facts
+from asga.bench.measure import (
+    Sampler,
+    device_time,
+    interleaved,
+    is_glibc,
+    keep_freed_memory,
+    page_faults,
+    peak_memory,
+    quartiles,
+    wall_time,
+)
+from asga.bench.peers import Contestant, contestants
+from asga.bench.shapes import PASSES, Case, select
+
+# glibc never keeps a block larger than this (DEFAULT_MMAP_THRESHOLD_MAX in its malloc.c, on 64 bits).
+_ALWAYS_FRESH = 32 * 2**20
+# Up to this size, a call on a GPU may be shorter than what the host needs for it.
+_LAYER_SIZED = 16 * 2**20
+
+_QUICK_CASES = (
+    "core/act-64x64x56x56/k1/float32",
+    "core/act-64x64x56x56/k5/float32",
+    "core/weight-64x64x3x3/k1/float32",
+    "core/weight-64x64x3x3/k5/float32",
+    "core/weight-144x1x3x3/k1/float32",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run, and for how long.
+
+    Attributes:
+        only: Patterns for the names of cases; see `asga.bench.shapes.select`.
+        device: "cpu" or "cuda".
+        batch_size: Of activations.
+        rounds: Samples of each implementation, at most.
+        sample_seconds: Length of a sample on the host's clock; at least one call.
+        case_seconds: No further round begins after this time on one case.
+        passes: What is timed, of "forward" and "forward+backward".
+        compiled: Whether torch.compile takes part.
+
+    Raises:
+        ValueError: A number is not positive, or `passes` has an unknown entry.
+    """
+
+    only: tuple[str, ...] = ("core/*",)
+    device: str = "cpu"
+    batch_size: int = 64
+    rounds: int = 31
+    sample_seconds: float = 0.02
+    case_seconds: float = 60.0
+    passes: tuple[str, ...] = PASSES
+    compiled: bool = True
+
+    @classmethod
+    def quick(cls, device: str = "cpu") -> "Config":
+        """Five cases, enough to see where things stand: less than three minutes on two cores."""
+        return cls(_QUICK_CASES, device, rounds=7, sample_seconds=0.005, case_seconds=8.0, passes=PASSES[1:])
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rounds", "sample_seconds", "case_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not self.passes or not set(self.passes) <= set(PASSES):
+            raise ValueError(f"passes is {self.passes}; it takes entries of {PASSES}")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One implementation on one case. Times are first quartile, median and third quartile over the rounds.
+
+    Attributes:
+        name: Of the implementation.
+        is_peer: False for asga, and for the copy and the empty kernel, which are what it is measured by.
+        less_work: What it leaves out compared with asga, or None.
+        seconds: Of one call.
+        speedup: Its time over that of asga in the same round: above one, asga is faster.
+        page_faults: Of one call; None on a GPU.
+        peak_forward_bytes: Extra memory at the worst moment of forward; includes the output. None for the copy.
+        peak_backward_bytes: The same of backward; includes the gradients.
+    """
+
+    name: str
+    is_peer: bool
+    less_work: str | None
+    seconds: tuple[float, float, float]
+    speedup: tuple[float, float, float]
+    page_faults: int | None
+    peak_forward_bytes: int | None
+    peak_backward_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """All implementations on one case.
+
+    Attributes:
+        case: Name of the case.
+        nbytes: Of its tensor.
+        condition: "fresh" (large outputs are on new pages, as glibc's allocator leaves it), "steady" (memory is
+            already mapped), "system" (an allocator that is not glibc's, as it is); on a GPU "device" (its own clock,
+            cold cache) or "calls" (host's clock, one call after the other).
+        passes: "forward" or "forward+backward".
+        traffic: Bytes that must be moved; see `Case.traffic`.
+        timings: By name: "asga", its backends, the peers, "copy", on a GPU "empty kernel".
+        left_out: Peers that did not run, with the reason.
+        rounds: Samples of each.
+    """
+
+    case: str
+    nbytes: int
+    condition: str
+    passes: str
+    traffic: int
+    timings: dict[str, Timing]
+    left_out: dict[str, str]
+    rounds: int
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """Bytes per second that ``Tensor.copy_`` moves for a tensor of this size, read and written."""
+        return 2 * self.nbytes / self.timings["copy"].seconds[1]
+
+    def bandwidth(self, name: str) -> float:
+        """Bytes per second of an implementation, counting only what must be moved."""
+        return self.traffic / self.timings[name].seconds[1]
+
+    @property
+    def best_peer(self) -> Timing | None:
+        """The fastest peer by its median, or None where none ran."""
+        peers = [timing for timing in self.timings.values() if timing.is_peer]
+        return min(peers, key=lambda timing: timing.seconds[1], default=None)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON values, derived ones included."""
+        best = self.best_peer
+        derived = {
+            "copy_bandwidth": self.copy_bandwidth,
+            "bandwidth": {name: self.bandwidth(name) for name in self.timings if name not in _YARDSTICKS},
+            "best_peer": best and best.name,
+            "ratio_to_best_peer": best and best.speedup,
+        }
+        return {**asdict(self), **derived}
+
+
+_YARDSTICKS = ("copy", "empty kernel")
+
+
+def plan(config: Config) -> list[tuple[Case, str]]:
+    """The cases of a run, each with a condition, in order."""
+    cases = select(config.only, config.batch_size)
+    if torch.device(config.device).type == "cuda":
+        small = [(case, "calls") for case in cases if case.nbytes <= _LAYER_SIZED]
+        return [(case, "device") for case in cases] + small
+    if not is_glibc():
+        return [(case, "system") for case in cases]
+    # What keeps memory mapped cannot be undone, so it comes last. Smaller blocks are kept by default anyway; some
+    # implementations have intermediates in float32, whatever the dtype of the input.
+    large = [(case, "fresh") for case in cases if 4 * case.numel > _ALWAYS_FRESH]
+    return large + [(case, "steady") for case in cases]
+
+
+def run(config: Config, progress: Callable[[str], None] = lambda line: None) -> Iterator[Result]:
+    """Measure, giving each result as soon as it is there.
+
+    On a CPU this changes the memory allocator of the process for good (see `measure.keep_freed_memory`), which is
+    best done in a process of its own.
+
+    Args:
+        config: What to run.
+        progress: Called with a line of text before each case, and for each case that does not fit into memory.
+
+    Raises:
+        ValueError: No case matches.
+        UnequalResultsError: asga disagrees with its reference.
+    """
+    steps = plan(config)
+    for number, (case, condition) in enumerate(steps, 1):
+        needed, available = _memory_needed(case), _memory_available(config.device)
+        if available is not None and needed > available:
+            progress(f"[{number}/{len(steps)}] {case.name}: left out, needs {needed:.2g} bytes of {available:.2g}")
+            continue
+        progress(f"[{number}/{len(steps)}] {case.name} ({condition})")
+        if condition == "steady":
+            keep_freed_memory()
+        yield from _run_case(case, condition, config)
+
+
+def report(config: Config, results: Sequence[Result]) -> dict[str, object]:
+    """Everything about a run as plain JSON values, bandwidths in bytes per second."""
+    return {
+        "format": "asga.bench",
+        "version": 1,
+        "config": asdict(config),
+        "machine": machine_facts(),
+        "results": [result.to_dict() for result in results],
+    }
+
+
+def _run_case(case: Case, condition: str, config: Config) -> Iterator[Result]:
+    inputs = make_inputs(case, config.device)
+    found, left_out = contestants(inputs, compiled=config.compiled)
+    peaks = {contestant.name: _peaks(contestant) for contestant in found}
+    for passes in config.passes:
+        runs = [_Run.of(contestant, passes) for contestant in found] + _yardsticks(inputs)
+        samplers = {run.name: run.sampler(condition, config.sample_seconds, inputs.x.device) for run in runs}
+        samples = interleaved(samplers, config.rounds, config.case_seconds)
+        timings = {}
+        for run in runs:
+            ratios = [own / ours for own, ours in zip(samples[run.name], samples["asga"], strict=True)]
+            forward_bytes, backward_bytes = peaks.get(run.name, (None, None))
+            timings[run.name] = Timing(
+                name=run.name,
+                is_peer=run.is_peer,
+                less_work=run.less_work,
+                seconds=quartiles(samples[run.name]),
+                speedup=quartiles(ratios),
+                page_faults=None if inputs.x.is_cuda else page_faults(run.call),
+                peak_forward_bytes=forward_bytes,
+                peak_backward_bytes=backward_bytes,
+            )
+        rounds = len(samples["asga"])
+        yield Result(case.name, case.nbytes, condition, passes, case.traffic(passes), timings, left_out, rounds)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is timed under one name."""
+
+    name: str
+    call: Callable[[], object]
+    is_peer: bool = False
+    less_work: str | None = None
+    context: Callable[[], AbstractContextManager] = nullcontext
+
+    @classmethod
+    def of(cls, contestant: Contestant, passes: str) -> "_Run":
+        call = contestant.forward if passes == "forward" else contestant.forward_backward
+        return cls(contestant.name, call, contestant.is_peer, contestant.less_work, contestant.context)
+
+    def sampler(self, condition: str, seconds: float, device: torch.device) -> Sampler:
+        with self.context():
+            if condition == "device":
+                inner = device_time(self.call, device)
+            else:
+                inner = wall_time(self.call, seconds, device)
+
+        def sample() -> float:
+            with self.context():
+                return inner()
+
+        return sample
+
+
+def _yardsticks(inputs: Inputs) -> list[_Run]:
+    """What the memory can do: a copy into memory that is already mapped; on a GPU also what any call costs."""
+    source = inputs.x.detach()
+    found = [_Run("copy", partial(torch.empty_like(source).copy_, source))]
+    if source.is_cuda:
+        found.append(_Run("empty kernel", partial(torch.cuda._sleep, 0)))
+    return found
+
+
+def _peaks(contestant: Contestant) -> tuple[int, int]:
+    """Peak extra memory of forward, and of backward."""
+    with contestant.context():
+        return peak_memory(contestant.forward, contestant.backward, contestant.grad.device)
+
+
+def _memory_needed(case: Case) -> int:
+    """Bytes of the hungriest peer, about: eager LSQ keeps four float32 tensors per candidate for backward."""
+    return (4 * len(case.bits) + 8) * 4 * case.numel
+
+
+def _memory_available(device: str) -> int | None:
+    return torch.cuda.mem_get_info()[0] if torch.device(device).type == "cuda" else available_memory()

@@ -1,0 +1,217 @@
+import json
+import shutil
+import signal
+
+import pytest
+
+import asga
+from asga.cli.console import Console
+from asga.search import SearchResult
+
+
+def without_times(path) -> list[dict]:
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+class TestRunFolder:
+    def test_of_a_builtin_model(self, run, tmp_path):
+        """resnet20 on digits: the shortest run there is."""
+        status, out, err = run(
+            *("search", "--model", "resnet20", "--data", "digits", "--limit", 40, "--batch-size", 20),
+            *("--budget", "bitops=w4a4,size=w4", "--epochs", 1, "--float-epochs", 1, "--out", "my runs/one"),
+        )
+        assert (status, err) == (0, "")
+        folder = tmp_path / "my runs" / "one"
+        names = {file.name for file in folder.iterdir()}
+        assert {"config.json", "metrics.jsonl", "policy.json", "result.json", "search.json"} <= names
+        policy = asga.Policy.load(folder / "policy.json")
+        assert len(policy) == 22
+        assert policy["conv1"] == policy["fc"] == asga.LayerPolicy(8, 8)
+        assert policy.meta["architecture"] == "resnet20"
+        found = SearchResult.load(folder / "search.json")
+        assert found.policy == policy
+        assert all(share <= 1 for share in found.cost_shares(policy).values())
+        result = json.loads((folder / "result.json").read_text())
+        assert result["command"] == "search"
+        assert result["cost_shares"]["policy"] == found.cost_shares(policy)
+        assert result["choices"] == 40
+        assert "bitops: policy" in out
+        config = json.loads((folder / "config.json").read_text())
+        assert config["command"] == "search"
+        assert config["options"]["limit"] == 40
+
+    def test_has_figures(self, run, search_arguments, tmp_path):
+        pytest.importorskip("matplotlib")
+        pytest.importorskip("jinja2")
+        status, out, _ = run(*search_arguments)
+        assert status == 0
+        assert "no figures" not in out
+        assert (tmp_path / "run" / "policy.png").read_bytes().startswith(b"\x89PNG")
+        assert "<html" in (tmp_path / "run" / "report.html").read_text()
+
+    @pytest.mark.parametrize("method", ["asga", "sgd"])
+    def test_options_reach_the_search(self, run, search_arguments, tmp_path, method):
+        status, _, _ = run(
+            *search_arguments,
+            *("--method", method, "--weight-bits", "3,5", "--act-bits", "4", "--first-last", 0, "--target-size", 16),
+            *("--precision", "bfloat16"),
+        )
+        assert status == 0
+        found = SearchResult.load(tmp_path / "run" / "search.json")
+        assert {(c.weight_bits, c.act_bits, c.pinned) for c in found.choices.layers.values()} == {((3, 5), (4,), False)}
+        assert found.profiles["0"].macs == 16 * 16 * 4 * 3 * 9
+        diagnostics = [line for line in without_times(tmp_path / "run") if line.get("stage") == "search"]
+        assert any("rho" in line for line in diagnostics) is (method == "asga")
+
+    def test_given_weights_are_not_trained_again(self, run, search_arguments, tmp_path):
+        assert run(*search_arguments)[0] == 0
+        (tmp_path / "run").rename(tmp_path / "first")
+        status, _, _ = run(*search_arguments, "--init", "first/float.pt")
+        assert status == 0
+        assert not (tmp_path / "run" / "float.pt").exists()
+        assert {line["stage"] for line in without_times(tmp_path / "run")} == {"search"}
+        same = [asga.Policy.load(tmp_path / name / "policy.json") for name in ("first", "run")]
+        assert same[0].keys() == same[1].keys()
+
+    def test_limit_and_batch_larger_than_the_data(self, run, search_arguments):
+        status, _, err = run(*search_arguments, "--limit", 10_000, "--batch-size", 10_000)
+        assert (status, err) == (0, "")
+
+
+class TestResume:
+    @pytest.fixture
+    def whole(self, run, search_arguments, tmp_path):
+        """The same search, never interrupted."""
+        assert run(*search_arguments)[0] == 0
+        return shutil.move(tmp_path / "run", tmp_path / "whole")
+
+    def _same(self, tmp_path, run_contents) -> bool:
+        whole, resumed = tmp_path / "whole", tmp_path / "run"
+        assert (resumed / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
+        assert (resumed / "search.json").read_bytes() == (whole / "search.json").read_bytes()
+        return run_contents(resumed) == run_contents(whole)
+
+    @pytest.mark.parametrize(("stage", "epoch", "step"), [("float", 1, 2), ("float", 2, 3), ("search", 2, 2)])
+    def test_after_ctrl_c(self, run, search_arguments, monkeypatch, tmp_path, whole, run_contents, stage, epoch, step):
+        show = Console.progress
+
+        def interrupt(self, state):
+            show(self, state)
+            if (state.stage, state.epoch, state.step) == (stage, epoch, step):
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Console, "progress", interrupt)
+            status, _, err = run(*search_arguments)
+        assert status == 130
+        assert err == "\nasga: stopped. Go on with the same command and --resume: run\n"
+        assert not (tmp_path / "run" / "policy.json").exists()
+        status, _, err = run(*search_arguments, "--resume")
+        assert (status, err) == (0, "")
+        assert self._same(tmp_path, run_contents)
+
+    def test_after_a_kill_between_the_stages(self, run, search_arguments, monkeypatch, tmp_path, whole, run_contents):
+        class Killed(BaseException):
+            """Nothing catches it, as nothing catches SIGKILL."""
+
+        def kill(*_, **__):
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(asga.PolicySearcher, "fit", kill)
+            with pytest.raises(Killed):
+                run(*search_arguments)
+        assert run(*search_arguments, "--resume")[0] == 0
+        assert self._same(tmp_path, run_contents)
+
+    def test_of_a_complete_run_shows_it_again(self, run, search_arguments, tmp_path, whole, run_contents):
+        shutil.copytree(whole, tmp_path / "run")
+        status, out, _ = run(*search_arguments, "--resume")
+        assert status == 0
+        assert "bitops: policy" in out
+        assert self._same(tmp_path, run_contents)
+        results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "run")]
+        assert results[0] == results[1]  # the time of the search, too
+
+    def test_other_options(self, fails, run, search_arguments, tmp_path, whole):
+        shutil.copytree(whole, tmp_path / "run")
+        assert "(epochs: 2 then, 3 now)" in fails(*search_arguments, "--resume", "--epochs", 3)
+
+    def test_nothing_there(self, fails, search_arguments):
+        assert "holds no run to resume" in fails(*search_arguments, "--resume")
+
+    @pytest.mark.parametrize("name", ["checkpoint.pt", "float.pt", "stages.json", "config.json"])
+    def test_damaged_file_is_named(self, fails, search_arguments, tmp_path, whole, name):
+        shutil.copytree(whole, tmp_path / "run")
+        (tmp_path / "run" / name).write_bytes(b"damaged")
+        assert name in fails(*search_arguments, "--resume")
+
+
+class TestBadInput:
+    """Said at once: nothing has been trained, nothing written."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_written(self, tmp_path):
+        yield
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--budget", "bitops=1000"), "least possible"),
+            (("--budget", "bitops=w9a9"), "bits from 2 to 8 are supported"),
+            (("--budget", "w4a4"), "'w4a4' is not a budget such as bitops=w4a4"),
+            (("--budget", "latency=3ms"), "'latency=3ms' is not a budget"),
+            (("--budget", "bitops=w4a4,bitops=w2a2"), "is not a budget"),
+            (("--budget", "bitops"), "bitops is ''"),
+            (("--budget", ""), "is not a budget"),
+            (("--budget", "bitops=-3"), "bitops is '-3'"),
+            (("--weight-bits", "2,9"), "weight_bits[1] is 9; supported are 2 to 8"),
+            (("--act-bits", "two"), "'two' is not a list of bit-widths"),
+            (("--first-last", "16"), "first_last is 16"),
+            (("--model", "resnet21"), "model 'resnet21' is not known"),
+            (("--model", "asga_test_factory:nte"), "nearest: net"),
+            (("--data", "imagefolder:nowhere"), "nowhere does not exist"),
+            (("--data", "nowhere"), "use digits, imagefolder:PATH or cifar10:PATH"),
+            (("--init", "nothing.pt"), "nothing.pt does not exist"),
+            (("--epochs", 0), "--epochs is 0; it must be at least 1"),
+            (("--float-epochs", -1), "--float-epochs is -1; it must be at least 1"),
+            (("--target-size", -8), "--target-size is -8; it must be at least 1"),
+            (("--batch-size", 0), "batch_size is 0"),
+            (("--limit", 0), "limit is 0"),
+            (("--limit", 1), "the proxy has a single class"),
+            (("--image-size", 0), "image_size is 0"),
+            (("--device", "abacus"), "--device 'abacus' cannot be used"),
+            (("--seed", -1), "seed is -1"),
+        ],
+        ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+    )
+    def test_option(self, fails, search_arguments, options, message):
+        assert message in fails(*search_arguments, *options)
+
+    def test_weights_of_another_model(self, fails, search_arguments, tmp_path):
+        (tmp_path / "other.pt").write_bytes(b"not weights")
+        assert "other.pt does not hold the weights" in fails(*search_arguments, "--init", "other.pt")
+
+    def test_unreadable_image(self, fails, search_arguments, proxy, tmp_path):
+        shutil.copytree(proxy.partition(":")[2], tmp_path / "data")
+        damaged = tmp_path / "data" / "train" / "class 1" / "3.png"
+        damaged.write_bytes(damaged.read_bytes()[:40])
+        err = fails(*search_arguments, "--data", f"imagefolder:{tmp_path / 'data'}")
+        assert str(damaged) in err
+        assert err.count("\n") == 1
+
+    def test_folder_without_validation_images(self, fails, search_arguments, proxy, tmp_path):
+        shutil.copytree(proxy.partition(":")[2], tmp_path / "data")
+        shutil.rmtree(tmp_path / "data" / "val")
+        assert "must hold train and val" in fails(*search_arguments, "--data", f"imagefolder:{tmp_path / 'data'}")
+
+
+def test_existing_run_is_refused(fails, search_arguments, run, tmp_path):
+    assert run(*search_arguments)[0] == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    err = fails(*search_arguments)
+    assert "run already holds a run (search," in err
+    assert err.count("\n") == 1
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before

@@ -1,0 +1,360 @@
+import copy
+import json
+import math
+import signal
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import asga
+from asga import Budget, InfeasibleBudgetError, PolicySearcher, SearchSpace
+from asga.policy import LayerPolicy
+from asga.runs import RunFolder
+from asga.search.costs import policy_costs
+from asga.training import TrainingError
+
+METHODS = pytest.mark.parametrize("method", ["asga", "sgd"])
+W4A4 = Budget(bitops="w4a4")
+
+
+def search(model: nn.Module, loader, space: SearchSpace | None = None, **options):
+    options = {"budget": W4A4, "epochs": 1, **options}
+    return PolicySearcher(model, space, **options).fit(loader)
+
+
+class TestBudget:
+    @pytest.mark.parametrize(
+        "budget",
+        [
+            Budget(bitops="w8a8"),
+            Budget(bitops="w4a4"),
+            Budget(bitops="w3a3"),
+            Budget(bitops="w2a2"),
+            Budget(bitops="0.93*w5a3"),
+            Budget(size="w3"),
+            Budget(size="w2"),
+            Budget(bitops="w3a4", size="w3"),
+            Budget(bitops=700_000, size="600B"),
+        ],
+        ids=str,
+    )
+    @METHODS
+    def test_is_met(self, tiny_net, labeled_batches, budget, method):
+        result = search(tiny_net(), labeled_batches(), budget=budget, method=method)
+        limits = budget.limits(result.profiles, result.choices)
+        costs = policy_costs(result.profiles, result.policy)
+        assert all(getattr(costs, metric) <= limit for metric, limit in limits.items())
+        assert result.cost_shares(result.policy).keys() == limits.keys() == result.expected_cost.keys()
+        assert result.policy.meta["limits"] == limits
+
+    def test_other_budgets_from_the_same_run(self, tiny_net, labeled_batches, tmp_path):
+        result = search(tiny_net(), labeled_batches())
+        result.save(tmp_path / "search.json")
+        loaded = asga.SearchResult.load(tmp_path / "search.json")
+        for budget in (W4A4, Budget(bitops="w2a2"), Budget(bitops="w6a5"), Budget(size="w2"), Budget(size=900)):
+            policy = result.policy_for(budget)
+            limits = budget.limits(result.profiles, result.choices)
+            assert all(getattr(result.costs(policy), metric) <= limit for metric, limit in limits.items())
+            assert loaded.policy_for(budget) == policy
+        assert result.policy_for(W4A4) == result.policy
+
+    @METHODS
+    @pytest.mark.parametrize(
+        ("budget", "metric"), [(Budget(bitops="w3a3"), "bitops"), (Budget(size="w3"), "size_bits")]
+    )
+    def test_expected_cost_moves_to_it(self, tiny_net, labeled_batches, method, budget, metric):
+        result = search(tiny_net(), labeled_batches(10), budget=budget, epochs=12, method=method)
+        # Uniform probabilities over 2, 3, 4, 6, 8 bits are 4.6 bits.
+        assert result.history[0]["expected_cost"][metric] > 1.15
+        # 120 steps are few: the multiplier has not settled.
+        assert result.expected_cost[metric] == pytest.approx(1, abs=0.06)
+        assert result.expected_cost == result.history[-1]["expected_cost"]
+
+    @pytest.mark.parametrize("given", [False, True], ids=["no example_inputs", "example_inputs"])
+    def test_impossible_is_refused_before_any_training(self, tiny_net, labeled_batches, tmp_path, given):
+        folder = RunFolder(tmp_path, "search", {})
+        batches = labeled_batches()
+        taken = []
+
+        class Loader:
+            def __len__(self):
+                return len(batches)
+
+            def __iter__(self):
+                for batch in batches:
+                    taken.append(1)
+                    yield batch
+
+        model = tiny_net()
+        example = {"example_inputs": torch.zeros(1, 1, 8, 8)} if given else {}
+        with pytest.raises(InfeasibleBudgetError) as error:
+            search(model, Loader(), budget=Budget(bitops=1000), folder=folder, progress=pytest.fail, **example)
+        macs = {"conv1": 8 * 8 * 4 * 9, "conv2": 4 * 4 * 8 * 4 * 9, "conv3": 4 * 4 * 8 * 8 * 9, "fc": 8 * 3}
+        least = (macs["conv1"] + macs["fc"]) * 64 + (macs["conv2"] + macs["conv3"]) * 4
+        assert error.value.least == {"bitops": least}
+        assert f"least possible {least:,}" in str(error.value)
+        assert len(taken) <= 1
+        assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+    def test_costs_at_the_resolution_of_the_target(self, tiny_net, labeled_batches):
+        small = search(tiny_net(), labeled_batches(side=8))
+        large = search(tiny_net(), labeled_batches(side=8), example_inputs=torch.zeros(1, 1, 16, 16))
+        assert large.profiles["conv2"].macs == 4 * small.profiles["conv2"].macs
+        assert large.profiles["fc"].macs == small.profiles["fc"].macs
+        assert large.costs(large.policy).bitops <= W4A4.limits(large.profiles, large.choices)["bitops"]
+
+
+class TestResult:
+    def test_policy_follows_the_space(self, tiny_net, labeled_batches):
+        space = SearchSpace(weight_bits=(2, 5), act_bits=(3, 7), first_last=(8, 6), exclude=["conv3"])
+        policy = search(tiny_net(), labeled_batches(), space, budget=Budget(bitops="w5a7")).policy
+        assert policy["conv1"] == policy["fc"] == LayerPolicy(8, 6)
+        assert policy["conv3"] == LayerPolicy(None, None)
+        assert policy["conv2"].weight_bits in (2, 5)
+        assert policy["conv2"].act_bits in (3, 7)
+
+    def test_single_candidates_leave_nothing_to_choose(self, tiny_net, labeled_batches):
+        space = SearchSpace(weight_bits=(4,), act_bits=(3,))
+        result = search(tiny_net(), labeled_batches(), space)
+        assert result.policy == result.choices.uniform(4, 3)
+        assert result.expected_cost == pytest.approx(result.cost_shares(result.policy))
+
+    def test_meta(self, tiny_net, labeled_batches):
+        meta = search(tiny_net(), labeled_batches(), meta={"architecture": "tiny"}).policy.meta
+        assert meta["architecture"] == "tiny"
+        assert meta["budget"] == {"bitops": "w4a4"}
+        assert meta["costs"]["bitops"] <= meta["limits"]["bitops"]
+
+    def test_probabilities_sum_to_one_and_have_moved(self, tiny_net, labeled_batches):
+        result = search(tiny_net(), labeled_batches())
+        for name in ("conv2", "conv3"):
+            for log_probs in (result.log_probs[name].weight, result.log_probs[name].act):
+                assert sum(map(math.exp, log_probs)) == pytest.approx(1)
+                assert len(set(log_probs)) == 5
+        assert result.log_probs["conv1"].weight == (0.0,)
+
+    @METHODS
+    def test_the_model_is_left_alone(self, tiny_net, labeled_batches, bits_of, method):
+        model = tiny_net().eval()
+        before = bits_of(copy.deepcopy(model.state_dict()))
+        search(model, labeled_batches(), method=method)
+        assert bits_of(model.state_dict()) == before
+        assert not model.training
+
+    @METHODS
+    def test_learns(self, tiny_net, labeled_batches, method):
+        history = search(tiny_net(), labeled_batches(12), epochs=6, lr=0.1, method=method).history
+        assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+        assert history[-1]["temperature"] == pytest.approx(0.2)
+        assert ("rho" in history[0]) is (method == "asga")
+
+    def test_metrics(self, tiny_net, labeled_batches, tmp_path):
+        folder = RunFolder(tmp_path, "search", {})
+        search(tiny_net(), labeled_batches(), epochs=2, folder=folder)
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [(line["event"], line["stage"], line["epoch"]) for line in lines] == [
+            ("probabilities", "search", 1),
+            ("epoch", "search", 1),
+            ("probabilities", "search", 2),
+            ("epoch", "search", 2),
+        ]
+        layers = lines[0]["layers"]
+        assert list(layers) == ["conv2", "conv3"]
+        assert layers["conv2"]["weight_bits"] == [2, 3, 4, 6, 8]
+        assert sum(layers["conv2"]["act_probs"]) == pytest.approx(1)
+        assert lines[1]["multiplier"].keys() == lines[1]["expected_cost"].keys() == {"bitops"}
+
+    def test_bfloat16(self, tiny_net, labeled_batches):
+        assert math.isfinite(search(tiny_net(), labeled_batches(), autocast=torch.bfloat16).history[0]["loss"])
+
+
+class TestNotFinite:
+    @METHODS
+    @pytest.mark.parametrize("bad", [0, 3], ids=["first batch", "a later batch"])
+    def test_one_batch_is_skipped(self, tiny_net, labeled_batches, tmp_path, run_contents, method, bad):
+        batches = labeled_batches()
+        batches[bad][0][0, 0, 0, 0] = math.nan
+        folder = RunFolder(tmp_path, "search", {})
+        result = search(tiny_net(), batches, epochs=2, method=method, folder=folder)
+        state = folder.load_checkpoint()["parts"]["model"]
+        assert all(torch.isfinite(value).all() for value in state.values())
+        assert state["bn1.num_batches_tracked"] == 10  # of 12 steps
+        assert all(math.isfinite(record["loss"]) for record in result.history)
+        assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+    @METHODS
+    def test_every_batch(self, tiny_net, labeled_batches, method):
+        batches = [(x * math.nan, y) for x, y in labeled_batches()]
+        with pytest.raises(TrainingError, match="every batch of the loader holds NaN"):
+            search(tiny_net(), batches, method=method)
+
+    @METHODS
+    def test_loss(self, tiny_net, labeled_batches, tmp_path, method):
+        folder = RunFolder(tmp_path, "search", {})
+        with pytest.raises(TrainingError, match="the loss is nan for 10 steps in a row"):
+            search(
+                tiny_net(),
+                labeled_batches(),
+                epochs=3,
+                method=method,
+                folder=folder,
+                loss_fn=lambda logits, labels: logits.sum() * math.nan,
+            )
+        state = folder.load_checkpoint()["parts"]["model"]  # of the first epoch
+        assert all(torch.isfinite(value).all() for value in state.values())
+        assert torch.equal(state["conv2.weight"], tiny_net().conv2.weight)
+        assert torch.equal(state["conv2.weight_quantizer.logits"], torch.zeros(5))
+
+
+class _SideLayer(nn.Module):
+    """A layer whose output the loss never sees."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.side = nn.Linear(8, 8)
+        self.last = nn.Linear(3, 3)
+
+    def forward(self, x):
+        self.side(x.mean((1, 2)))
+        return self.last(self.net(x))
+
+
+class TestBadInput:
+    @METHODS
+    def test_labels_exceed_the_classes(self, tiny_net, labeled_batches, method):
+        with pytest.raises(TrainingError, match="the label 2, but the model has 2 classes"):
+            search(tiny_net(num_classes=2), labeled_batches(), method=method)
+
+    @pytest.mark.parametrize(("loader", "message"), [([], "loader is empty"), (iter([]), "without a length")])
+    def test_loader(self, tiny_net, loader, message):
+        with pytest.raises(ValueError, match=message):
+            search(tiny_net(), loader)
+
+    @pytest.mark.parametrize("kind", ["tensor", "list", "words"])
+    def test_single_class(self, tiny_net, kind):
+        class Data(TensorDataset):
+            targets = {"tensor": torch.ones(8, dtype=torch.int64), "list": [1] * 8, "words": ["cat"] * 8}[kind]
+
+        loader = DataLoader(Data(torch.zeros(8, 1, 8, 8), torch.ones(8, dtype=torch.int64)), batch_size=4)
+        with pytest.raises(ValueError, match="the proxy has a single class"):
+            search(tiny_net(), loader)
+
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (nn.Sequential(nn.Flatten(), nn.ReLU()), "no layer that can be quantized"),
+            (nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 3)), "no layer is left to search"),
+        ],
+        ids=["no layer", "first and last only"],
+    )
+    def test_nothing_to_search(self, model, message):
+        with pytest.raises(ValueError, match=message):
+            PolicySearcher(model, budget=W4A4, epochs=1)
+
+    @pytest.mark.parametrize("wrap", [lambda y: {"logits": y}, lambda y: (y, None)], ids=["dict", "tuple"])
+    def test_output_is_no_tensor(self, tiny_net, labeled_batches, wrap):
+        class Wrapped(nn.Module):
+            def __init__(self, net):
+                super().__init__()
+                self.net = net
+
+            def forward(self, x):
+                return wrap(self.net(x))
+
+        with pytest.raises(TrainingError, match="a tensor of logits"):
+            search(Wrapped(tiny_net()), labeled_batches())
+
+    def test_batches_are_dicts(self, tiny_net):
+        with pytest.raises(TrainingError, match="a batch is a dict; a pair of tensors"):
+            search(tiny_net(), [{"x": torch.zeros(2, 1, 8, 8), "y": torch.zeros(2)}])
+
+    @METHODS
+    def test_a_layer_without_gradient_does_no_harm(self, tiny_net, labeled_batches, method):
+        budget = Budget(size="w4")  # so that its activation logits have no gradient from the costs either
+        result = search(_SideLayer(tiny_net()), labeled_batches(), budget=budget, method=method)
+        assert len(set(result.log_probs["side"].act)) == 1
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"epochs": 0}, "epochs is 0"),
+            ({"calibration_batches": 0}, "calibration_batches is 0"),
+            ({"method": "hawq"}, "method is 'hawq'; it must be 'asga' or 'sgd'"),
+            ({"temperature": (0.2, 1.0)}, "temperature is"),
+            ({"temperature": (1.0, 0.0)}, "temperature is"),
+        ],
+    )
+    def test_options_out_of_range(self, tiny_net, options, message):
+        with pytest.raises(ValueError, match=message):
+            PolicySearcher(tiny_net(), **{"budget": W4A4, "epochs": 1, **options})
+
+    def test_without_scipy(self, tiny_net, labeled_batches, monkeypatch):
+        """Said before the first step, not after the last."""
+        monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+        with pytest.raises(ImportError, match=r"asga\[search\]"):
+            search(tiny_net(), labeled_batches(), budget=Budget(bitops="w3a3"), progress=pytest.fail)
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+def _kill() -> None:
+    raise Killed
+
+
+def _interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@METHODS
+class TestResume:
+    """Bit for bit on a CPU: weights, logits, scales, statistics, both optimizers, multiplier, policy and metrics."""
+
+    def _search(self, tiny_net, batches, path, method, *, at=None, end=None, resume=False):
+        steps = []
+
+        def progress(state) -> None:
+            steps.append(state)
+            if end is not None and 6 * (state.epoch - 1) + state.step == at:
+                end()
+
+        torch.manual_seed(1)
+        inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        # Draws its order from torch's random numbers, like dropout.
+        loader = DataLoader(TensorDataset(inputs, labels), batch_size=8, shuffle=True)
+        folder = RunFolder(path, "test", {"method": method}, resume=resume)
+        result = search(
+            tiny_net(),
+            loader,
+            budget=Budget(bitops="w3a3", size="w3"),
+            epochs=3,
+            method=method,
+            folder=folder,
+            progress=progress,
+        )
+        return result, len(steps)
+
+    @pytest.mark.parametrize(
+        ("at", "end", "left"),
+        [(2, _interrupt, 16), (9, _interrupt, 9), (18, _interrupt, 0), (5, _kill, 18), (14, _kill, 6)],
+        ids=["stopped early", "stopped", "stopped at the last step", "killed early", "killed"],
+    )
+    def test_same_as_never_interrupted(
+        self, tiny_net, labeled_batches, tmp_path, run_contents, bits_of, method, at, end, left
+    ):
+        batches = labeled_batches()
+        expected, _ = self._search(tiny_net, batches, tmp_path / "whole", method)
+        with pytest.raises((KeyboardInterrupt, Killed)):
+            self._search(tiny_net, batches, tmp_path / "parts", method, at=at, end=end)
+        result, steps = self._search(tiny_net, batches, tmp_path / "parts", method, resume=True)
+        assert steps == left
+        assert result.policy == expected.policy
+        assert result.log_probs == expected.log_probs
+        assert result.expected_cost == expected.expected_cost
+        assert bits_of(result.history) == bits_of(expected.history)
+        assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
