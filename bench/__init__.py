@@ -11,7 +11,7 @@ Before anything is timed, forward and gradients of every implementation are comp
 computes something else is left out, with the reason.
 """
 
-from asga.bench.run import Config, Result, Timing, run
+from asga.bench.runner import Config, Result, Timing, run
 from asga.bench.shapes import Case, select
 
 __all__ = ["Case", "Config", "Result", "Timing", "run", "select"]

@@ -18,7 +18,7 @@ T = TypeVar("T")
 Sampler = Callable[[], float]
 
 # The parameters of glibc's mallopt (malloc.h).
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 _BACKWARD_MARK = "asga.bench: backward"
 
@@ -69,8 +69,10 @@ def wall_time(call: Callable[[], object], seconds: float, device: torch.device) 
         synchronize()
         return (time.perf_counter() - started) / calls
 
-    sample(2)
-    calls = max(1, round(seconds / min(sample(1) for _ in range(3))))
+    once = sample(1)
+    if once < seconds:
+        once = min(sample(1) for _ in range(3))
+    calls = max(1, round(seconds / once))
     return lambda: sample(calls)
 
 
@@ -97,19 +99,30 @@ def device_time(call: Callable[[], object], device: torch.device) -> Sampler:
     return sample
 
 
-def keep_freed_memory() -> None:
-    """From now on, in this process, memory that is freed stays with the process and is used again.
+def return_freed_memory() -> None:
+    """From now on, blocks of 128 KiB or more are taken from the operating system and given back when they are freed.
 
-    By default glibc takes blocks of more than 32 MiB from the operating system and gives them back when they are
-    freed, so that every large output is written to new pages, at the price of a page fault each.
+    So every large output is written to new pages, at the price of a page fault each. It is where glibc starts, and
+    always so for blocks of more than 32 MiB; for smaller ones it adapts to what was freed before, which is switched
+    off here: results shall not depend on what ran earlier.
     """
-    libc = ctypes.CDLL(None)
-    if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)):
-        raise OSError("mallopt refused to keep freed memory")
+    libc = _glibc()
+    for parameter, value in ((_M_MMAP_THRESHOLD, 2**17), (_M_TRIM_THRESHOLD, 2**17), (_M_MMAP_MAX, 2**16)):
+        if not libc.mallopt(parameter, value):
+            raise OSError(f"mallopt({parameter}, {value}) failed")
+    libc.malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """From now on, memory that is freed stays with the process and is used again, as it is for a caching allocator."""
+    libc = _glibc()
+    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+        if not libc.mallopt(parameter, value):
+            raise OSError(f"mallopt({parameter}, {value}) failed")
 
 
 def is_glibc() -> bool:
-    """Whether the allocator is the one that `keep_freed_memory` knows (as far as can be told)."""
+    """Whether the allocator is glibc's, which the two functions above steer."""
     return platform.libc_ver()[0] == "glibc"
 
 
@@ -168,6 +181,10 @@ def _peak_on_cpu(forward: Callable[[], T], backward: Callable[[T], object]) -> t
             peaks[-1] = max(peaks[-1], level - base)
     forward_peak, backward_peak = peaks
     return forward_peak, backward_peak
+
+
+def _glibc() -> ctypes.CDLL:
+    return ctypes.CDLL("libc.so.6")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import asga
 from asga.bench.inputs import Inputs
+from asga.bench.shapes import Case
 from asga.ops import backends, reference
 
 # From x, one scale (a tensor of [1] or [C]), quant_min and quant_max to the quantized x.
@@ -55,12 +56,45 @@ class Contestant:
         self.backward(self.forward())
 
 
-def contestants(inputs: Inputs, *, compiled: bool = True) -> tuple[list[Contestant], dict[str, str]]:
+def names(case: Case, device: str, *, compiled: bool = True) -> list[str]:
+    """The implementations of the operator of a case, asga first, installed or not.
+
+    Args:
+        case: One or several candidates decide the operator.
+        device: On a GPU each backend of asga has a name.
+        compiled: Whether to take torch.compile along; compiling takes seconds.
+    """
+    found = list(_BUILDERS)
+    if torch.device(device).type != "cuda":
+        found = [name for name in found if name not in _BACKENDS]
+    if len(case.bits) > 1:
+        found.remove("torch fake_quantize")
+    if not compiled:
+        found.remove("torch.compile")
+    return found
+
+
+def build(name: str, inputs: Inputs) -> Contestant:
+    """One implementation, checked.
+
+    Args:
+        name: One of `names`.
+        inputs: The tensors.
+
+    Raises:
+        ImportError: It is not installed.
+        UnequalResultsError: It disagrees with the reference.
+        RuntimeError: A backend of asga is not available; peers raise what they raise.
+    """
+    return _build(name, inputs, _reference(inputs))
+
+
+def build_all(inputs: Inputs, *, compiled: bool = True) -> tuple[list[Contestant], dict[str, str]]:
     """Everything that can run a case here and gives the right results.
 
     Args:
         inputs: The tensors.
-        compiled: Whether to take torch.compile along; compiling takes seconds.
+        compiled: As in `names`.
 
     Returns:
         The contestants, asga first, and the reason for each that was left out.
@@ -70,36 +104,26 @@ def contestants(inputs: Inputs, *, compiled: bool = True) -> tuple[list[Contesta
     """
     expected = _reference(inputs)
     found, left_out = [], {}
-    for name, build in _implementations(inputs, compiled):
+    for name in names(inputs.case, inputs.x.device.type, compiled=compiled):
+        if name in _BACKENDS and (reason := backends.unavailable(_BACKENDS[name])) is not None:
+            left_out[name] = reason
+            continue
         try:
-            contestant = build(name, inputs)
-            _check(contestant, inputs, expected)
+            found.append(_build(name, inputs, expected))
         except ImportError:
             left_out[name] = "not installed"
         except Exception as error:
             # Whatever goes wrong in the code of others must not end the run.
             if name.startswith("asga"):
                 raise
-            left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        else:
-            found.append(contestant)
+            left_out[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return found, left_out
 
 
-def _implementations(inputs: Inputs, compiled: bool) -> Iterator[tuple[str, Callable[[str, Inputs], Contestant]]]:
-    yield "asga", _asga
-    if inputs.x.is_cuda:
-        for backend in ("cuda", "triton"):
-            if backends.unavailable(backend) is None:
-                yield f"asga ({backend})", partial(_asga, context=partial(asga.backend, backend))
-    yield "eager LSQ", partial(_peer, quantizer=_lsq)
-    if inputs.probs is None:
-        yield "torch fake_quantize", _fixed_scale
-    yield "torch learnable", partial(_peer, quantizer=_torch_learnable)
-    yield "brevitas", partial(_peer, quantizer=_brevitas)
-    yield "torchao", partial(_peer, quantizer=_torchao)
-    if compiled:
-        yield "torch.compile", partial(_peer, quantizer=_lsq, compiled=True)
+def _build(name: str, inputs: Inputs, expected: tuple[Tensor, ...]) -> Contestant:
+    contestant = _BUILDERS[name](name, inputs)
+    _check(contestant, inputs, expected)
+    return contestant
 
 
 def _asga(name: str, inputs: Inputs, context: Callable[[], AbstractContextManager] = nullcontext) -> Contestant:
@@ -143,7 +167,7 @@ def _peer(name: str, inputs: Inputs, *, quantizer: Callable[[Inputs], Quantizer]
 
 
 def _lsq(inputs: Inputs) -> Quantizer:
-    """The formula of Esser et al., "Learned Step Size Quantization", ICLR 2020, as published implementations have it."""
+    """The formula of Esser et al., "Learned Step Size Quantization", ICLR 2020, in torch's operators."""
     shape = _channel_shape(inputs)
 
     def quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -222,6 +246,19 @@ def _torchao(inputs: Inputs) -> Quantizer:
 def _channel_shape(inputs: Inputs) -> tuple[int, ...]:
     """The shape in which one scale broadcasts against x."""
     return (1,) if inputs.case.axis is None else (-1, *[1] * (inputs.x.dim() - 1))
+
+
+_BACKENDS = {"asga (cuda)": "cuda", "asga (triton)": "triton"}
+_BUILDERS: dict[str, Callable[[str, Inputs], Contestant]] = {
+    "asga": _asga,
+    **{name: partial(_asga, context=partial(asga.backend, backend)) for name, backend in _BACKENDS.items()},
+    "eager LSQ": partial(_peer, quantizer=_lsq),
+    "torch fake_quantize": _fixed_scale,
+    "torch learnable": partial(_peer, quantizer=_torch_learnable),
+    "brevitas": partial(_peer, quantizer=_brevitas),
+    "torchao": partial(_peer, quantizer=_torchao),
+    "torch.compile": partial(_peer, quantizer=_lsq, compiled=True),
+}
 
 
 def _reference(inputs: Inputs) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 
 from asga._files import write_atomic
-from asga.bench.run import Result
+from asga.bench.runner import Result
 from asga.report.style import FIRST, INK, SECOND, new_figure, style
 
 
@@ -43,9 +43,12 @@ def write_png(path: str | os.PathLike, results: Sequence[Result]) -> None:
 def _draw(axes, title: str, results: Sequence[Result]) -> None:
     """One panel. The bandwidths of asga and of the peers count only bytes that must be moved."""
     megabytes = [result.nbytes / 1e6 for result in results]
-    axes.plot(megabytes, [r.copy_bandwidth / 1e9 for r in results], color=INK, linestyle="--", label="copy")
+    axes.plot(megabytes, [r.copy_bandwidth / 1e9 for r in results], ".--", color=INK, label="copy")
     axes.plot(megabytes, [r.bandwidth("asga") / 1e9 for r in results], "o", color=FIRST, label="asga")
     raced = [result for result in results if result.best_peer is not None]
     peers = [result.bandwidth(result.best_peer.name) / 1e9 for result in raced]
     axes.plot([r.nbytes / 1e6 for r in raced], peers, "x", color=SECOND, label="best peer of each case")
     axes.set(title=title, xlabel="tensor (MB)", ylabel="GB/s", xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")  # the default writes powers as formulas
+        axis.set_minor_formatter("")

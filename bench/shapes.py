@@ -80,8 +80,8 @@ def select(patterns: Sequence[str], batch_size: int) -> list[Case]:
             found.setdefault((case.kind, case.shape, case.bits, case.dtype), case)
     if not found:
         raise ValueError(
-            f"no case matches {' '.join(patterns)!r}; names look like 'core/weight-64x64x3x3/k5/float32', and the suites are "
-            f"{', '.join(_suites(batch_size))}"
+            f"no case matches {' '.join(patterns)!r}; names look like 'core/weight-64x64x3x3/k5/float32', "
+            f"and the suites are {', '.join(_suites(batch_size))}"
         )
     return list(found.values())
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from asga.bench.run import Result, Timing
+from asga.bench.runner import Result, Timing
 
 # Below this share of the copy bandwidth at least half of the time goes into something else than moving bytes.
 _MOSTLY_NOT_MEMORY = 0.5

@@ -1,9 +1,12 @@
 """``asga bench``: the operators against every other implementation of the same work that is installed."""
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from asga._extras import require
 from asga._files import write_json
 
 HELP = "measure the operators against other implementations"
@@ -20,26 +23,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", metavar="FILE", help="draw bandwidth against size")
     parser.add_argument("--batch-size", type=int, default=64, help="of activations")
     parser.add_argument("--rounds", type=int, help="samples of each implementation at most; default: 31, quick 7")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out, which takes long to compile"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print the table and write the files; after Ctrl-C, of what is there."""
     # Only here: no other command has a use for the benchmarks.
-    from dataclasses import replace
-
     from asga.bench.roofline import write_png
-    from asga.bench.run import Config, plan, report
-    from asga.bench.run import run as measure
+    from asga.bench.runner import Config, plan, report
+    from asga.bench.runner import run as measure
     from asga.bench.table import render
 
     config = Config.quick(options.device) if options.quick else Config(device=options.device)
-    config = replace(config, batch_size=options.batch_size, rounds=options.rounds or config.rounds)
-    if options.only:
+    config = replace(config, batch_size=options.batch_size, compiled=not options.no_compile)
+    if options.only is not None:
         config = replace(config, only=tuple(options.only))
+    if options.rounds is not None:
+        config = replace(config, rounds=options.rounds)
     if options.list:
         print("\n".join(dict.fromkeys(case.name for case, _ in plan(config))))
         return
+    # What would fail at the end fails now.
+    for path in filter(None, (options.json, options.png)):
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"{path} cannot be written: there is no folder {Path(path).parent}")
+    if options.png:
+        require("matplotlib", "report")
+
     results = []
     try:
         for result in measure(config, progress=lambda line: print(line, flush=True)):

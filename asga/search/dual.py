@@ -7,7 +7,7 @@ from torch import Tensor
 # steps a rate of 0.005 was too slow (expectations ended 3-14 % over the budget); the proportional part reacts at once
 # and damps the overshoot of the integral part.
 _RATE, _GAIN = 0.02, 2.0
-# The target falls from the cost at the start to the budget over this share of the search: the network follows a slow
+# The target moves from the cost at the start to the budget over this share of the search: the network follows a slow
 # descent better than a jump, and half of the search is left to settle.
 _RAMP = 0.5
 
@@ -15,9 +15,11 @@ _RAMP = 0.5
 class DualAscent:
     """Multipliers that pull the expected costs to their limits.
 
-    With c the expected cost divided by its limit and t the target, which falls from the first c to 1, a step adds
+    With c the expected cost divided by its limit and t the target, which goes from the first c to 1, a step adds
     ``rate * (c - t)`` to the multiplier (kept at zero or above), and the loss gets
-    ``(multiplier + gain * (c - t)) * c``, its weight again kept at zero or above.
+    ``(multiplier + gain * (c - t)) * c``, its weight again kept at zero or above: except for the metric nearest to its
+    limit. As long as every metric is below its target, that one is pulled up: a budget is there to be spent, and the
+    gradient of the loss alone is too weak to bring bits back that were taken away too fast.
 
     Args:
         metrics: The metrics that have a limit.
@@ -39,12 +41,12 @@ class DualAscent:
         Args:
             expected: Per metric the expected cost divided by its limit, 0-dim, differentiable.
         """
-        terms = []
-        for metric, cost in expected.items():
-            violation = cost.detach() - self._target(metric, cost)
-            weight = torch.clamp(self.multipliers[metric] + _GAIN * violation, min=0.0)
-            terms.append(weight * cost)
-        return torch.stack(terms).sum()
+        costs = torch.stack(list(expected.values()))
+        targets = [self._target(metric, cost) for metric, cost in expected.items()]
+        violations = costs.detach() - costs.new_tensor(targets)
+        weights = costs.new_tensor(list(self.multipliers.values())) + _GAIN * violations
+        nearest_to_limit = violations == violations.max()
+        return (torch.where(nearest_to_limit, weights, weights.clamp(min=0.0)) * costs).sum()
 
     def update(self, expected: dict[str, float]) -> None:
         """Move the multipliers, after a step of the search."""
@@ -65,4 +67,4 @@ class DualAscent:
     def _target(self, metric: str, cost: Tensor | float) -> float:
         start = self._start.setdefault(metric, cost.item() if isinstance(cost, Tensor) else cost)
         left = max(0.0, 1.0 - self._step / (_RAMP * self._steps))
-        return 1.0 + max(0.0, start - 1.0) * left
+        return 1.0 + (start - 1.0) * left

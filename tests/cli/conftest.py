@@ -1,5 +1,6 @@
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,24 +10,32 @@ import torch
 from asga.cli import main
 
 FACTORY = """
+from collections import OrderedDict
+
 from torch import nn
 
 
 def net(num_classes, in_channels=3):
     return nn.Sequential(
-        nn.Conv2d(in_channels, 4, 3, padding=1, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Dropout(0.1),
-        nn.Linear(8, num_classes),
+        OrderedDict(
+            conv1=nn.Conv2d(in_channels, 4, 3, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(4),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False),
+            bn2=nn.BatchNorm2d(8),
+            relu2=nn.ReLU(),
+            conv3=nn.Conv2d(8, 8, 3, padding=1),
+            relu3=nn.ReLU(),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            dropout=nn.Dropout(0.1),
+            fc=nn.Linear(8, num_classes),
+        )
     )
+
+
+def two_layers(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.ReLU(), nn.Linear(8, num_classes))
 """
 
 Run = Callable[..., tuple[int, str, str]]
@@ -62,18 +71,33 @@ def target(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def factories(tmp_path_factory) -> Path:
-    """A folder with the module ``asga_test_factory``: models are imported from the current directory."""
+def factories(tmp_path_factory) -> Iterator[None]:
+    """The module ``asga_test_factory`` can be imported."""
     folder = tmp_path_factory.mktemp("factories")
     (folder / "asga_test_factory.py").write_text(FACTORY)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def without_figures(request, monkeypatch) -> None:
+    """Drawing takes longer than the rest of a short run, so only tests marked by the fixture `figures` do."""
+    if "figures" not in request.fixturenames:
+        monkeypatch.setitem(sys.modules, "asga.report", None)
+
+
+@pytest.fixture
+def figures() -> None:
+    """Figures are drawn."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path, factories) -> Run:
     """Run a command in this process, in an empty directory; gives status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(factories))
     monkeypatch.setenv("COLUMNS", "200")
 
     def command(*arguments: object) -> tuple[int, str, str]:
@@ -99,7 +123,7 @@ def fails(run) -> Callable[..., str]:
     return command
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def search_arguments(proxy) -> list[str]:
     return [
         *("search", "--model", "asga_test_factory:net", "--data", proxy, "--budget", "bitops=w4a4"),
@@ -107,7 +131,7 @@ def search_arguments(proxy) -> list[str]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def transfer_arguments(policy_file, target) -> list[str]:
     return [
         *("transfer", "--policy", str(policy_file), "--data", target, "--batch-size", "8", "--epochs", "1"),
@@ -115,12 +139,12 @@ def transfer_arguments(policy_file, target) -> list[str]:
     ]
 
 
-@pytest.fixture
-def policy_file(tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def policy_file(tmp_path_factory) -> Path:
     """As a search of ``asga_test_factory:net`` writes it."""
-    bits = {"0": (8, 8), "3": (3, 4), "6": (4, 2), "11": (8, 8)}
+    bits = {"conv1": (8, 8), "conv2": (3, 4), "conv3": (4, 2), "fc": (8, 8)}
     layers = {name: {"weight_bits": weight, "act_bits": act} for name, (weight, act) in bits.items()}
     meta = {"architecture": "asga_test_factory:net"}
-    path = tmp_path / "given.json"
+    path = tmp_path_factory.mktemp("policy") / "policy.json"
     path.write_text(json.dumps({"format": "asga.policy", "version": 1, "layers": layers, "meta": meta}))
     return path

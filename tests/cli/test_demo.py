@@ -11,10 +11,10 @@ ARGUMENTS = ("demo", "--seeds", 2, "--out", "run")
 
 @pytest.fixture
 def short(monkeypatch):
-    """One epoch of everything, on few images."""
+    """One epoch of everything, on few images, with a tiny model."""
     for name in ("_PROXY_FLOAT_EPOCHS", "_SEARCH_EPOCHS", "_TARGET_FLOAT_EPOCHS", "_TRANSFER_EPOCHS"):
         monkeypatch.setattr(demo, name, 1)
-    monkeypatch.setattr(demo, "_TARGET_SIDE", 8)
+    monkeypatch.setattr(demo, "_MODEL", "asga_test_factory:net")
     monkeypatch.setattr(demo, "_PROXY_IMAGES", 20)
     opened = demo.open_dataset
     monkeypatch.setattr(demo, "open_dataset", lambda *a, **options: opened(*a, **{"limit": 64, **options}))
@@ -33,7 +33,7 @@ def test_stopped_and_resumed(run, short, monkeypatch, tmp_path):
         assert run(*ARGUMENTS)[0] == 130
     status, out, err = run(*ARGUMENTS, "--resume")
     assert (status, err) == (0, "")
-    assert "top-1 on all ten classes at 8x8 over 2 seeds" in out
+    assert "top-1 on all ten classes at 16x16 over 2 seeds" in out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert [row["name"] for row in result["table"]] == ["float", "uniform", "searched"]
     assert [row["seeds"] for row in result["table"]] == [2, 2, 2]

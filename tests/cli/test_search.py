@@ -5,6 +5,7 @@ import signal
 import pytest
 
 import asga
+from asga.cli import main
 from asga.cli.console import Console
 from asga.search import SearchResult
 
@@ -41,9 +42,7 @@ class TestRunFolder:
         assert config["command"] == "search"
         assert config["options"]["limit"] == 40
 
-    def test_has_figures(self, run, search_arguments, tmp_path):
-        pytest.importorskip("matplotlib")
-        pytest.importorskip("jinja2")
+    def test_has_figures(self, figures, run, search_arguments, tmp_path):
         status, out, _ = run(*search_arguments)
         assert status == 0
         assert "no figures" not in out
@@ -60,7 +59,7 @@ class TestRunFolder:
         assert status == 0
         found = SearchResult.load(tmp_path / "run" / "search.json")
         assert {(c.weight_bits, c.act_bits, c.pinned) for c in found.choices.layers.values()} == {((3, 5), (4,), False)}
-        assert found.profiles["0"].macs == 16 * 16 * 4 * 3 * 9
+        assert found.profiles["conv1"].macs == 16 * 16 * 4 * 3 * 9
         diagnostics = [line for line in without_times(tmp_path / "run") if line.get("stage") == "search"]
         assert any("rho" in line for line in diagnostics) is (method == "asga")
 
@@ -79,15 +78,16 @@ class TestRunFolder:
         assert (status, err) == (0, "")
 
 
-class TestResume:
-    @pytest.fixture
-    def whole(self, run, search_arguments, tmp_path):
-        """The same search, never interrupted."""
-        assert run(*search_arguments)[0] == 0
-        return shutil.move(tmp_path / "run", tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(search_arguments, factories, tmp_path_factory):
+    """A search that was never interrupted."""
+    folder = tmp_path_factory.mktemp("search") / "whole"
+    assert main([*search_arguments, "--out", str(folder)]) == 0
+    return folder
 
-    def _same(self, tmp_path, run_contents) -> bool:
-        whole, resumed = tmp_path / "whole", tmp_path / "run"
+
+class TestResume:
+    def _same(self, whole, resumed, run_contents) -> bool:
         assert (resumed / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
         assert (resumed / "search.json").read_bytes() == (whole / "search.json").read_bytes()
         return run_contents(resumed) == run_contents(whole)
@@ -109,7 +109,7 @@ class TestResume:
         assert not (tmp_path / "run" / "policy.json").exists()
         status, _, err = run(*search_arguments, "--resume")
         assert (status, err) == (0, "")
-        assert self._same(tmp_path, run_contents)
+        assert self._same(whole, tmp_path / "run", run_contents)
 
     def test_after_a_kill_between_the_stages(self, run, search_arguments, monkeypatch, tmp_path, whole, run_contents):
         class Killed(BaseException):
@@ -123,15 +123,15 @@ class TestResume:
             with pytest.raises(Killed):
                 run(*search_arguments)
         assert run(*search_arguments, "--resume")[0] == 0
-        assert self._same(tmp_path, run_contents)
+        assert self._same(whole, tmp_path / "run", run_contents)
 
     def test_of_a_complete_run_shows_it_again(self, run, search_arguments, tmp_path, whole, run_contents):
         shutil.copytree(whole, tmp_path / "run")
         status, out, _ = run(*search_arguments, "--resume")
         assert status == 0
         assert "bitops: policy" in out
-        assert self._same(tmp_path, run_contents)
-        results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "run")]
+        assert self._same(whole, tmp_path / "run", run_contents)
+        results = [json.loads((folder / "result.json").read_text()) for folder in (whole, tmp_path / "run")]
         assert results[0] == results[1]  # the time of the search, too
 
     def test_other_options(self, fails, run, search_arguments, tmp_path, whole):

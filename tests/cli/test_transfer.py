@@ -8,6 +8,7 @@ import torch
 
 import asga
 from asga import LayerPolicy, Policy
+from asga.cli import main
 from asga.cli.console import Console
 
 
@@ -23,7 +24,9 @@ def write_policy(path, bits: dict[str, tuple], **meta: str) -> None:
     Policy({name: LayerPolicy(*pair) for name, pair in bits.items()}, meta).save(path)
 
 
-BITS = {"0": (8, 8), "3": (3, 4), "6": (4, 2), "11": (8, 8)}
+BITS = {"conv1": (8, 8), "conv2": (3, 4), "conv3": (4, 2), "fc": (8, 8)}
+# Of ``asga_test_factory:net`` on images of 12x12, with four classes.
+MACS = {"conv1": 144 * 4 * 27, "conv2": 36 * 8 * 36, "conv3": 36 * 8 * 72, "fc": 8 * 4}
 
 
 class TestRunFolder:
@@ -44,12 +47,11 @@ class TestRunFolder:
         table = table_of(folder)
         assert list(table) == ["float", "searched", "uniform w4a4", "uniform w2a3"]
         assert [row["seeds"] for row in table.values()] == [1, 2, 2, 2]
-        macs = {"0": 144 * 4 * 27, "3": 36 * 8 * 36, "6": 36 * 8 * 72, "11": 8 * 4}
-        ends = 64 * (macs["0"] + macs["11"])
-        searched = sum(macs[name] * layer.weight_bits * layer.act_bits for name, layer in policy.items())
+        ends, inside = 64 * (MACS["conv1"] + MACS["fc"]), MACS["conv2"] + MACS["conv3"]
+        searched = sum(MACS[name] * layer.weight_bits * layer.act_bits for name, layer in policy.items())
         assert table["searched"]["bitops"] == searched
-        assert table["uniform w4a4"]["bitops"] == ends + 16 * (macs["3"] + macs["6"])
-        assert table["uniform w2a3"]["bitops"] == ends + 6 * (macs["3"] + macs["6"])
+        assert table["uniform w4a4"]["bitops"] == ends + 16 * inside
+        assert table["uniform w2a3"]["bitops"] == ends + 6 * inside
         for name, row in list(table.items())[1:]:
             assert name in out
             assert len(row["top1"]) == 2
@@ -67,9 +69,7 @@ class TestRunFolder:
     def _loss(self, tmp_path) -> float:
         return json.loads((tmp_path / "run" / "stages.json").read_text())["searched/seed0"]["loss"]
 
-    def test_has_figures(self, run, transfer_arguments, tmp_path):
-        pytest.importorskip("matplotlib")
-        pytest.importorskip("jinja2")
+    def test_has_figures(self, figures, run, transfer_arguments, tmp_path):
         status, out, _ = run(*transfer_arguments)
         assert status == 0
         assert "no figures" not in out
@@ -86,25 +86,18 @@ class TestRunFolder:
         assert tables[0]["searched"]["top1"] == tables[1]["searched"]["top1"]
 
     def test_comparison_keeps_first_and_last_and_what_stays_float(self, run, transfer_arguments, tmp_path):
-        write_policy(
-            tmp_path / "given.json", {**BITS, "0": (6, 8), "3": (None, None)}, architecture="asga_test_factory:net"
-        )
-        assert run(*transfer_arguments, "--compare", "w2a2")[0] == 0
+        bits = {**BITS, "conv1": (6, 8), "conv2": (None, None)}
+        write_policy(tmp_path / "own.json", bits, architecture="asga_test_factory:net")
+        assert run(*transfer_arguments, "--policy", "own.json", "--compare", "w2a2")[0] == 0
         state = torch.load(tmp_path / "run" / "uniform w2a2-seed0.pt", weights_only=True)
-        assert "3.weight_quantizer.scale" not in state
-        macs = {"0": 144 * 4 * 27, "3": 36 * 8 * 36, "6": 36 * 8 * 72, "11": 8 * 4}
-        expected = 48 * macs["0"] + 1024 * macs["3"] + 4 * macs["6"] + 64 * macs["11"]
+        assert "conv2.weight_quantizer.scale" not in state
+        expected = 48 * MACS["conv1"] + 1024 * MACS["conv2"] + 4 * MACS["conv3"] + 64 * MACS["fc"]
         assert table_of(tmp_path / "run")["uniform w2a2"]["bitops"] == expected
 
-    def test_a_model_of_two_layers(self, run, transfer_arguments, factories, tmp_path):
+    def test_a_model_of_two_layers(self, run, transfer_arguments, tmp_path):
         """First and last are all there is."""
-        (tmp_path / "asga_two_layers.py").write_text(
-            "from torch import nn\n\n\n"
-            "def net(num_classes):\n"
-            "    return nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.ReLU(), nn.Linear(8, num_classes))\n"
-        )
-        write_policy(tmp_path / "given.json", {"1": (4, 4), "3": (4, 4)})
-        assert run(*transfer_arguments, "--model", "asga_two_layers:net", "--compare", "w2a2")[0] == 0
+        write_policy(tmp_path / "own.json", {"1": (4, 4), "3": (4, 4)}, architecture="asga_test_factory:two_layers")
+        assert run(*transfer_arguments, "--policy", "own.json", "--compare", "w2a2")[0] == 0
         assert table_of(tmp_path / "run")["uniform w2a2"]["bitops_share"] == 1
 
     @pytest.mark.parametrize("options", [("--method", "sgd"), ("--precision", "bfloat16")], ids=" ".join)
@@ -117,35 +110,37 @@ class TestRunFolder:
         assert (status, err) == (0, "")
 
 
+COMPARED = ("--seeds", "2", "--compare", "w3a3")
+
+
+@pytest.fixture(scope="module")
+def whole(transfer_arguments, factories, tmp_path_factory):
+    """A transfer that was never interrupted."""
+    folder = tmp_path_factory.mktemp("transfer") / "whole"
+    assert main([*transfer_arguments, *COMPARED, "--out", str(folder)]) == 0
+    return folder
+
+
 class TestResume:
-    ARGUMENTS = ("--seeds", 2, "--compare", "w3a3")
-
-    @pytest.fixture
-    def whole(self, run, transfer_arguments, tmp_path):
-        """The same transfer, never interrupted."""
-        assert run(*transfer_arguments, *self.ARGUMENTS)[0] == 0
-        return shutil.move(tmp_path / "run", tmp_path / "whole")
-
-    def _check_same(self, tmp_path, bits_of, run_contents) -> None:
-        whole, resumed = tmp_path / "whole", tmp_path / "run"
+    def _check_same(self, whole, resumed, bits_of, run_contents) -> None:
         assert run_contents(resumed) == run_contents(whole)
         names = sorted(file.name for file in whole.glob("*.pt"))
         assert names == sorted(file.name for file in resumed.glob("*.pt"))
-        for name in names:
-            tensors = [bits_of(torch.load(folder / name, weights_only=True)) for folder in (whole, resumed)]
-            assert (
-                tensors[0]["state" if name == "checkpoint.pt" else "0.weight"]
-                == tensors[1]["state" if name == "checkpoint.pt" else "0.weight"]
-            )
-            if name != "checkpoint.pt":
-                assert tensors[0] == tensors[1], name
+        for name in set(names) - {"checkpoint.pt"}:
+            first, second = (bits_of(torch.load(folder / name, weights_only=True)) for folder in (whole, resumed))
+            assert first == second, name
         assert bits_of(table_of(resumed)) == bits_of(table_of(whole))
 
     @pytest.mark.parametrize(
-        ("stage", "step"),
-        [("float", 2), ("float", 4), ("searched/seed0", 3), ("searched/seed1", 1), ("uniform w3a3/seed0", 4)],
+        ("stage", "step", "end"),
+        [
+            ("float", 2, "Ctrl-C"),
+            ("float", 4, "kill"),
+            ("searched/seed0", 3, "Ctrl-C"),
+            ("searched/seed1", 1, "kill"),
+            ("uniform w3a3/seed0", 4, "Ctrl-C"),
+        ],
     )
-    @pytest.mark.parametrize("end", ["Ctrl-C", "kill"])
     def test_inside_a_stage(
         self, run, transfer_arguments, monkeypatch, tmp_path, whole, bits_of, run_contents, stage, step, end
     ):
@@ -162,16 +157,17 @@ class TestResume:
             patch.setattr(Console, "progress", interrupt)
             if end == "kill":
                 with pytest.raises(Killed):
-                    run(*transfer_arguments, *self.ARGUMENTS)
+                    run(*transfer_arguments, *COMPARED)
             else:
-                status, _, err = run(*transfer_arguments, *self.ARGUMENTS)
+                status, _, err = run(*transfer_arguments, *COMPARED)
                 assert status == 130
                 assert "--resume: run" in err
-        assert run(*transfer_arguments, *self.ARGUMENTS, "--resume")[0] == 0
-        self._check_same(tmp_path, bits_of, run_contents)
+        assert run(*transfer_arguments, *COMPARED, "--resume")[0] == 0
+        self._check_same(whole, tmp_path / "run", bits_of, run_contents)
 
-    @pytest.mark.parametrize("before", range(5))
-    @pytest.mark.parametrize("function", ["save_tensors", "finish"])
+    @pytest.mark.parametrize(
+        ("before", "function"), [(0, "save_tensors"), (1, "finish"), (2, "save_tensors"), (4, "finish")]
+    )
     def test_killed_between_stages(
         self, run, transfer_arguments, monkeypatch, tmp_path, whole, bits_of, run_contents, before, function
     ):
@@ -189,25 +185,25 @@ class TestResume:
         with monkeypatch.context() as patch:
             patch.setattr(where, kill)
             with pytest.raises(Killed):
-                run(*transfer_arguments, *self.ARGUMENTS)
-        assert run(*transfer_arguments, *self.ARGUMENTS, "--resume")[0] == 0
-        self._check_same(tmp_path, bits_of, run_contents)
+                run(*transfer_arguments, *COMPARED)
+        assert run(*transfer_arguments, *COMPARED, "--resume")[0] == 0
+        self._check_same(whole, tmp_path / "run", bits_of, run_contents)
 
     def test_of_a_complete_run_prints_the_table_again(
         self, run, transfer_arguments, tmp_path, whole, bits_of, run_contents
     ):
         shutil.copytree(whole, tmp_path / "run")
-        status, out, _ = run(*transfer_arguments, *self.ARGUMENTS, "--resume")
+        status, out, _ = run(*transfer_arguments, *COMPARED, "--resume")
         assert status == 0
         assert "uniform w3a3" in out
         assert table_of(tmp_path / "run") == table_of(whole)
-        self._check_same(tmp_path, bits_of, run_contents)
+        self._check_same(whole, tmp_path / "run", bits_of, run_contents)
 
     @pytest.mark.parametrize("name", ["float.pt", "searched-seed1.pt"])
     def test_damaged_weights_are_named(self, fails, transfer_arguments, tmp_path, whole, name):
         shutil.copytree(whole, tmp_path / "run")
         (tmp_path / "run" / name).write_bytes(b"damaged")
-        assert f"{name} does not hold the weights" in fails(*transfer_arguments, *self.ARGUMENTS, "--resume")
+        assert f"{name} does not hold the weights" in fails(*transfer_arguments, *COMPARED, "--resume")
 
 
 class TestBadInput:
@@ -228,7 +224,7 @@ class TestBadInput:
             (("--compare", "w4a9"), "with 2 to 8 bits"),
             (("--init", "nothing.pt"), "nothing.pt does not exist"),
             (("--data", "cifar10:nowhere"), "nowhere does not exist"),
-            (("--model", "resnet20"), "the policy is for another architecture, asga_test_factory:net"),
+            (("--model", "mobilenet_v2"), "the policy is for another architecture, asga_test_factory:net"),
         ],
         ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
     )
@@ -248,25 +244,27 @@ class TestBadInput:
         ],
         ids=["newer", "format", "no architecture", "empty", "9 bits", "1 bit", "text"],
     )
-    def test_policy(self, fails, transfer_arguments, policy_file, change, message):
-        policy_file.write_text(json.dumps({**json.loads(policy_file.read_text()), **change}))
-        err = fails(*transfer_arguments)
+    def test_policy(self, fails, transfer_arguments, policy_file, tmp_path, change, message):
+        (tmp_path / "own.json").write_text(json.dumps({**json.loads(policy_file.read_text()), **change}))
+        err = fails(*transfer_arguments, "--policy", "own.json")
         assert message in err
         assert err.count("\n") == 1
 
-    def test_broken_json(self, fails, transfer_arguments, policy_file):
-        policy_file.write_text(policy_file.read_text()[:60])
-        err = fails(*transfer_arguments)
-        assert "given.json: not valid JSON: line " in err
+    def test_broken_json(self, fails, transfer_arguments, policy_file, tmp_path):
+        (tmp_path / "own.json").write_text(policy_file.read_text()[:60])
+        err = fails(*transfer_arguments, "--policy", "own.json")
+        assert "own.json: not valid JSON: line " in err
         assert err.count("\n") == 1
 
-    def test_unknown_layer(self, fails, transfer_arguments, policy_file):
-        write_policy(policy_file, {**BITS, "1l": (4, 4)}, architecture="asga_test_factory:net")
-        assert "'1l'; did you mean '11'?" in fails(*transfer_arguments)
+    def test_unknown_layer(self, fails, transfer_arguments, tmp_path):
+        write_policy(tmp_path / "own.json", {**BITS, "conv33": (4, 4)}, architecture="asga_test_factory:net")
+        assert "'conv33'; did you mean 'conv3'" in fails(*transfer_arguments, "--policy", "own.json")
 
-    def test_missing_layer(self, fails, transfer_arguments, policy_file):
-        write_policy(policy_file, {k: v for k, v in BITS.items() if k != "6"}, architecture="asga_test_factory:net")
-        assert "layers of the model that the policy does not mention: '6'" in fails(*transfer_arguments)
+    def test_missing_layer(self, fails, transfer_arguments, tmp_path):
+        bits = {name: pair for name, pair in BITS.items() if name != "conv3"}
+        write_policy(tmp_path / "own.json", bits, architecture="asga_test_factory:net")
+        err = fails(*transfer_arguments, "--policy", "own.json")
+        assert "layers of the model that the policy does not mention: 'conv3'" in err
 
 
 def test_existing_run_is_refused(fails, transfer_arguments, run):

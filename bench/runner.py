@@ -18,9 +18,10 @@ from asga.bench.measure import (
     page_faults,
     peak_memory,
     quartiles,
+    return_freed_memory,
     wall_time,
 )
-from asga.bench.peers import Contestant, contestants
+from asga.bench.peers import Contestant, build_all
 from asga.bench.shapes import PASSES, Case, select
 
 # glibc never keeps a block larger than this (DEFAULT_MMAP_THRESHOLD_MAX in its malloc.c, on 64 bits).
@@ -28,13 +29,7 @@ _ALWAYS_FRESH = 32 * 2**20
 # Up to this size, a call on a GPU may be shorter than what the host needs for it.
 _LAYER_SIZED = 16 * 2**20
 
-_QUICK_CASES = (
-    "core/act-64x64x56x56/k1/float32",
-    "core/act-64x64x56x56/k5/float32",
-    "core/weight-64x64x3x3/k1/float32",
-    "core/weight-64x64x3x3/k5/float32",
-    "core/weight-144x1x3x3/k1/float32",
-)
+_QUICK_CASES = ("core/act-*/float32", "core/weight-64x64x3x3/*/float32", "core/weight-144x1x3x3/k1/float32")
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Config:
         compiled: Whether torch.compile takes part.
 
     Raises:
-        ValueError: A number is not positive, or `passes` has an unknown entry.
+        ValueError: A number is not positive, `passes` has an unknown entry, or there is no such device.
     """
 
     only: tuple[str, ...] = ("core/*",)
@@ -73,6 +68,9 @@ class Config:
         for name in ("batch_size", "rounds", "sample_seconds", "case_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        kind = self.device.partition(":")[0]
+        if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(f"device is {self.device!r}; it must be 'cpu', or 'cuda' where torch finds a GPU")
         if not self.passes or not set(self.passes) <= set(PASSES):
             raise ValueError(f"passes is {self.passes}; it takes entries of {PASSES}")
 
@@ -109,7 +107,7 @@ class Result:
     Attributes:
         case: Name of the case.
         nbytes: Of its tensor.
-        condition: "fresh" (large outputs are on new pages, as glibc's allocator leaves it), "steady" (memory is
+        condition: "fresh" (outputs are on new pages, as glibc does with large blocks), "steady" (memory is
             already mapped), "system" (an allocator that is not glibc's, as it is); on a GPU "device" (its own clock,
             cold cache) or "calls" (host's clock, one call after the other).
         passes: "forward" or "forward+backward".
@@ -166,8 +164,8 @@ def plan(config: Config) -> list[tuple[Case, str]]:
         return [(case, "device") for case in cases] + small
     if not is_glibc():
         return [(case, "system") for case in cases]
-    # What keeps memory mapped cannot be undone, so it comes last. Smaller blocks are kept by default anyway; some
-    # implementations have intermediates in float32, whatever the dtype of the input.
+    # Fresh first: pages that were kept once may be used again later. Smaller blocks are kept by glibc on its own. Some
+    # implementations have float32 intermediates, whatever the dtype of the input.
     large = [(case, "fresh") for case in cases if 4 * case.numel > _ALWAYS_FRESH]
     return large + [(case, "steady") for case in cases]
 
@@ -175,8 +173,8 @@ def plan(config: Config) -> list[tuple[Case, str]]:
 def run(config: Config, progress: Callable[[str], None] = lambda line: None) -> Iterator[Result]:
     """Measure, giving each result as soon as it is there.
 
-    On a CPU this changes the memory allocator of the process for good (see `measure.keep_freed_memory`), which is
-    best done in a process of its own.
+    On a CPU this changes how the process allocates memory for good (see `measure.keep_freed_memory`): better run it in
+    a process of its own.
 
     Args:
         config: What to run.
@@ -193,7 +191,9 @@ def run(config: Config, progress: Callable[[str], None] = lambda line: None) -> 
             progress(f"[{number}/{len(steps)}] {case.name}: left out, needs {needed:.2g} bytes of {available:.2g}")
             continue
         progress(f"[{number}/{len(steps)}] {case.name} ({condition})")
-        if condition == "steady":
+        if condition == "fresh":
+            return_freed_memory()
+        elif condition == "steady":
             keep_freed_memory()
         yield from _run_case(case, condition, config)
 
@@ -211,7 +211,7 @@ def report(config: Config, results: Sequence[Result]) -> dict[str, object]:
 
 def _run_case(case: Case, condition: str, config: Config) -> Iterator[Result]:
     inputs = make_inputs(case, config.device)
-    found, left_out = contestants(inputs, compiled=config.compiled)
+    found, left_out = build_all(inputs, compiled=config.compiled)
     peaks = {contestant.name: _peaks(contestant) for contestant in found}
     for passes in config.passes:
         runs = [_Run.of(contestant, passes) for contestant in found] + _yardsticks(inputs)
@@ -252,10 +252,8 @@ class _Run:
 
     def sampler(self, condition: str, seconds: float, device: torch.device) -> Sampler:
         with self.context():
-            if condition == "device":
-                inner = device_time(self.call, device)
-            else:
-                inner = wall_time(self.call, seconds, device)
+            on_device = condition == "device"
+            inner = device_time(self.call, device) if on_device else wall_time(self.call, seconds, device)
 
         def sample() -> float:
             with self.context():
