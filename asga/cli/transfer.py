@@ -21,9 +21,11 @@ from asga.cli.options import (
 from asga.cli.pipeline import Setting, finish_run, float_model, show_table, table_row, transferred
 from asga.cli.search import example_inputs
 from asga.convert import find_quantizable
-from asga.policy import LayerPolicy, Policy
+from asga.policy import MAX_BITS, MIN_BITS, LayerPolicy, Policy
 from asga.runs import RunFolder
+from asga.search import Budget
 from asga.search.costs import policy_costs, profile_layers
+from asga.search.space import LayerChoices, SpaceChoices
 from asga.training import evaluate
 
 HELP = "fine-tune a model with a policy on the target dataset"
@@ -61,9 +63,12 @@ def run(options: argparse.Namespace) -> None:
         names = list(find_quantizable(model)[0])
         policy.check_against(names)
         profiles = profile_layers(model, example_inputs(train, None).to(options.device), names)
+        choices = _choices_of(policy, names)
+        budget = policy.meta.get("budget")
+        limit = Budget(**budget).limits(profiles, choices).get("bitops") if budget else None
         policies = {"searched": policy}
         for word in options.compare:
-            policies[f"uniform {word}"] = _uniform(policy, names, LayerPolicy(*parse_uniform(word)))
+            policies[f"uniform {word}"] = choices.uniform(*parse_uniform(word))
         costs = {name: policy_costs(profiles, found) for name, found in policies.items()}
 
         if options.init is not None:
@@ -91,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
                 records.append(record)
                 if name == "searched" and seed == options.seed:
                     save_tensors(folder.path / "model.pt", quantized.state_dict())
-            share = costs[name].bitops / costs["searched"].bitops
+            share = costs[name].bitops / limit if limit else None
             bits = "mixed" if name == "searched" else name.removeprefix("uniform ")
             table.append(table_row(name, records, bits=bits, costs=costs[name], bitops_share=share))
         show_table(console, f"{data_name(options.data)}, {architecture}", table)
@@ -99,7 +104,14 @@ def run(options: argparse.Namespace) -> None:
         finish_run(folder, result, policy, console)
 
 
-def _uniform(policy: Policy, names: list[str], bits: LayerPolicy) -> Policy:
-    """The same bits for all layers, but the first and the last, and what stays float, as in the policy."""
-    kept = {names[0], names[-1], *(name for name, layer in policy.items() if layer == LayerPolicy(None, None))}
-    return Policy({name: policy[name] if name in kept else bits for name in names})
+def _choices_of(policy: Policy, names: list[str]) -> SpaceChoices:
+    """A space that the policy may come from: its first and last layer pinned, what it leaves float excluded."""
+    anything = tuple(range(MIN_BITS, MAX_BITS + 1))
+    layers = {}
+    for name in names:
+        bits = policy[name]
+        if name in (names[0], names[-1]):
+            layers[name] = LayerChoices((bits.weight_bits,), (bits.act_bits,), pinned=True)
+        elif bits != LayerPolicy(None, None):
+            layers[name] = LayerChoices(anything, anything)
+    return SpaceChoices(layers, {}, tuple(names))
