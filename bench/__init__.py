@@ -5,7 +5,7 @@
 
 The same cases one by one, with pytest-benchmark (`pip install "asga[bench]"`), from a clone of the repository::
 
-    pytest bench --benchmark-only --benchmark-group-by=group
+    pytest bench --benchmark-only
 
 Before anything is timed, forward and gradients of every implementation are compared with the reference: one that
 computes something else is left out, with the reason.

@@ -17,30 +17,38 @@ T = TypeVar("T")
 # A sampler runs something once or several times and returns the seconds of one call.
 Sampler = Callable[[], float]
 
+_FEW_ROUNDS, _OUT_OF_THE_RACE = 3, 5.0
+
 # The parameters of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 _BACKWARD_MARK = "asga.bench: backward"
 
 
-def interleaved(samplers: Mapping[str, Sampler], rounds: int, seconds: float) -> dict[str, list[float]]:
+def interleaved(samplers: Mapping[str, Sampler], rounds: int, seconds: float, baseline: str) -> dict[str, list[float]]:
     """Take one sample of each in turn, so that whatever slows the machine for a while slows them all.
 
     Args:
         samplers: By name.
         rounds: How many rounds at most.
-        seconds: Stop after this time; three rounds are taken in any case.
+        seconds: No further round begins after this time; the first three are taken in any case.
+        baseline: Name of what the others are compared with. What takes more than five times as long is out of the race
+            after three rounds, which leaves the time to those that come close.
 
     Returns:
-        Samples by name, equally many; those at the same place were taken in the same round.
+        Samples by name; those at the same place were taken in the same round.
     """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
+    racing = dict(samplers)
     started = time.perf_counter()
     with _no_garbage_collection():
         for done in range(rounds):
-            if done >= 3 and time.perf_counter() - started > seconds:
+            if done == _FEW_ROUNDS:
+                limit = _OUT_OF_THE_RACE * statistics.median(samples[baseline])
+                racing = {name: racing[name] for name in racing if statistics.median(samples[name]) <= limit}
+            if done >= _FEW_ROUNDS and time.perf_counter() - started > seconds:
                 break
-            for name, sampler in samplers.items():
+            for name, sampler in racing.items():
                 samples[name].append(sampler())
     return samples
 

@@ -83,6 +83,7 @@ class Timing:
         name: Of the implementation.
         is_peer: False for asga, and for the copy and the empty kernel, which are what it is measured by.
         less_work: What it leaves out compared with asga, or None.
+        rounds: Samples taken; only three of what is out of the race, see `measure.interleaved`.
         seconds: Of one call.
         speedup: Its time over that of asga in the same round: above one, asga is faster.
         page_faults: Of one call; None on a GPU.
@@ -93,6 +94,7 @@ class Timing:
     name: str
     is_peer: bool
     less_work: str | None
+    rounds: int
     seconds: tuple[float, float, float]
     speedup: tuple[float, float, float]
     page_faults: int | None
@@ -114,7 +116,6 @@ class Result:
         traffic: Bytes that must be moved; see `Case.traffic`.
         timings: By name: "asga", its backends, the peers, "copy", on a GPU "empty kernel".
         left_out: Peers that did not run, with the reason.
-        rounds: Samples of each.
     """
 
     case: str
@@ -124,7 +125,6 @@ class Result:
     traffic: int
     timings: dict[str, Timing]
     left_out: dict[str, str]
-    rounds: int
 
     @property
     def copy_bandwidth(self) -> float:
@@ -216,23 +216,23 @@ def _run_case(case: Case, condition: str, config: Config) -> Iterator[Result]:
     for passes in config.passes:
         runs = [_Run.of(contestant, passes) for contestant in found] + _yardsticks(inputs)
         samplers = {run.name: run.sampler(condition, config.sample_seconds, inputs.x.device) for run in runs}
-        samples = interleaved(samplers, config.rounds, config.case_seconds)
+        samples = interleaved(samplers, config.rounds, config.case_seconds, baseline="asga")
         timings = {}
         for run in runs:
-            ratios = [own / ours for own, ours in zip(samples[run.name], samples["asga"], strict=True)]
+            ratios = [own / ours for own, ours in zip(samples[run.name], samples["asga"], strict=False)]
             forward_bytes, backward_bytes = peaks.get(run.name, (None, None))
             timings[run.name] = Timing(
                 name=run.name,
                 is_peer=run.is_peer,
                 less_work=run.less_work,
+                rounds=len(samples[run.name]),
                 seconds=quartiles(samples[run.name]),
                 speedup=quartiles(ratios),
                 page_faults=None if inputs.x.is_cuda else page_faults(run.call),
                 peak_forward_bytes=forward_bytes,
                 peak_backward_bytes=backward_bytes,
             )
-        rounds = len(samples["asga"])
-        yield Result(case.name, case.nbytes, condition, passes, case.traffic(passes), timings, left_out, rounds)
+        yield Result(case.name, case.nbytes, condition, passes, case.traffic(passes), timings, left_out)
 
 
 @dataclass(frozen=True)
@@ -283,4 +283,11 @@ def _memory_needed(case: Case) -> int:
 
 
 def _memory_available(device: str) -> int | None:
-    return torch.cuda.mem_get_info()[0] if torch.device(device).type == "cuda" else available_memory()
+    if torch.device(device).type == "cuda":
+        # What torch's allocator keeps of earlier cases can be used again.
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    return available_memory()

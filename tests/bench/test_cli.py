@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from asga.bench import runner
+from asga.bench.runner import Result, Timing
 from asga.cli import main
 
 
@@ -27,9 +29,22 @@ def test_runs_a_case_and_writes_both_files(run_python, tmp_path):
     assert "[1/1] sweep/act-1024/k1/float32" in shown
     assert "best peer" in shown
     (result,) = json.loads(files[0].read_text())["results"]
-    assert result["rounds"] == 3
+    assert result["timings"]["asga"]["rounds"] == 3
     assert "torch.compile" not in result["timings"]
     assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(monkeypatch, capsys, tmp_path):
+    timings = {name: Timing(name, False, None, 3, (1e-3,) * 3, (1.0,) * 3, 0, None, None) for name in ("asga", "copy")}
+
+    def interrupted(config, progress):
+        yield Result("core/act-1024/k1/float32", 4096, "steady", "forward", 8192, timings, {})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    assert main(["bench", "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 130
+    assert "core/act-1024/k1/float32" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 1
 
 
 def test_lists_names(capsys):

@@ -66,11 +66,11 @@ def test_every_implementation_is_timed_as_often(results):
         for passes in ("forward", "forward+backward")
     ]
     for result in results:
-        assert result.rounds == 3
         assert {"asga", "eager LSQ", "torch learnable", "copy"} <= set(result.timings)
         for timing in result.timings.values():
             low, middle, high = timing.seconds
             assert 0 < low <= middle <= high
+            assert timing.rounds == 3
         assert result.timings["asga"].speedup == (1.0, 1.0, 1.0)
 
 

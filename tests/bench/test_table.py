@@ -9,20 +9,23 @@ MB = 10**6
 
 
 def _timing(name: str, seconds: float, speedup: float, *, spread: float = 0.0, **other) -> Timing:
-    fields = {"is_peer": name not in ("asga", "copy"), "less_work": None, "page_faults": 0} | other
-    memory = (None, None) if name == "copy" else (4 * MB, 8 * MB)
-    quartiles = (speedup - spread, speedup, speedup + spread)
-    return Timing(name, seconds=(seconds,) * 3, speedup=quartiles, **_memory(*memory), **fields)
-
-
-def _memory(forward: int | None, backward: int | None) -> dict[str, int | None]:
-    return {"peak_forward_bytes": forward, "peak_backward_bytes": backward}
+    fields = {
+        "is_peer": name not in ("asga", "copy"),
+        "less_work": None,
+        "rounds": 7,
+        "seconds": (seconds, seconds, seconds),
+        "speedup": (speedup - spread, speedup, speedup + spread),
+        "page_faults": 0,
+        "peak_forward_bytes": 4 * MB,
+        "peak_backward_bytes": 8 * MB,
+    }
+    return Timing(name, **fields | other)
 
 
 def _result(*timings: Timing, nbytes: int = 4 * MB, left_out: dict[str, str] | None = None) -> Result:
     named = {timing.name: timing for timing in timings}
     return Result(
-        "core/act-1000000/k1/float32", nbytes, "steady", "forward+backward", 5 * nbytes, named, left_out or {}, rounds=7
+        "core/act-1000000/k1/float32", nbytes, "steady", "forward+backward", 5 * nbytes, named, left_out or {}
     )
 
 
