@@ -29,8 +29,8 @@ INSTALLED := $(addprefix $(VENV)/,build.stamp demo.stamp test.stamp)
 help:  ## Show these lines.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-demo: $(VENV)/demo.stamp  ## Search a policy on digits, carry it to other digits, print the table (about 8 minutes).
-	$(BIN)/asga demo
+demo: $(VENV)/demo.stamp  ## Search a policy on digits, carry it to other digits, print the table (about 5 minutes).
+	$(BIN)/asga demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/test.stamp  ## Run the tests.
 	$(BIN)/python -m pytest $(PYTEST)

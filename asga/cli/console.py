@@ -60,7 +60,9 @@ class Console:
 
     def table(self, title: str, rows: list[dict[str, str]]) -> None:
         """Print a table: the keys of the first row are its head."""
-        table = require("rich.table", "search").Table(title=title, title_justify="left")
+        # Without lines between the columns, eight of them fit a terminal of 80 characters.
+        plain = require("rich.box", "search").SIMPLE_HEAD
+        table = require("rich.table", "search").Table(title=title, title_justify="left", box=plain, pad_edge=False)
         for column in rows[0]:
             table.add_column(column, justify="left" if column == next(iter(rows[0])) else "right", no_wrap=True)
         for row in rows:

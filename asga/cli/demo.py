@@ -66,10 +66,9 @@ def run(options: argparse.Namespace) -> None:
         uniform = result.choices.uniform(4, 4)
         limit = _BUDGET.limits(result.profiles, result.choices)["bitops"]
         table = [table_row("float", records["float"], bits="32/32")]
-        for name, policy, bits in (("uniform", uniform, "4/4"), ("searched", result.policy, "mixed")):
-            costs = result.costs(policy)
-            row = table_row(name, records[name], bits=bits, costs=costs, bitops_share=costs.bitops / limit)
-            table.append(row)
+        for name, policy, bits in (("uniform w4a4", uniform, "4/4"), ("searched", result.policy, "mixed")):
+            costs, found = result.costs(policy), records[name.partition(" ")[0]]
+            table.append(table_row(name, found, bits=bits, costs=costs, bitops_share=costs.bitops / limit))
         searching = [record["search_seconds"] for record in records["searched"]]
         title = (
             f"digits, {_MODEL}: top-1 on all ten classes at {_TARGET_SIDE}x{_TARGET_SIDE} over {options.seeds} seeds"

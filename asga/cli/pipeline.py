@@ -127,13 +127,12 @@ def show_table(console: Console, title: str, table: list[dict[str, object]]) -> 
         rows.append(
             {
                 "model": row["name"],
-                "bits": row["weight_bits"],
                 "top-1": f"{row['top1_mean']:.1%}{spread}",
                 "loss": f"{row['loss_mean']:.3f}",
                 "BitOps": "" if row["bitops"] is None else f"{row['bitops'] / 1e6:,.1f} M",
-                "of budget": "" if row["bitops_share"] is None else f"{row['bitops_share']:.1%}",
+                "budget": "" if row["bitops_share"] is None else f"{row['bitops_share']:.1%}",
                 "weights": "" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e3:,.1f} kB",
-                "training": f"{row['seconds']:.0f} s",
+                "time": f"{row['seconds']:.0f} s",
             }
         )
     console.table(title, rows)

@@ -35,7 +35,7 @@ def test_stopped_and_resumed(run, short, monkeypatch, tmp_path):
     assert (status, err) == (0, "")
     assert "top-1 on all ten classes at 16x16 over 2 seeds" in out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert [row["name"] for row in result["table"]] == ["float", "uniform", "searched"]
+    assert [row["name"] for row in result["table"]] == ["float", "uniform w4a4", "searched"]
     assert [row["seeds"] for row in result["table"]] == [2, 2, 2]
     assert result["table"][2]["bitops_share"] <= 1
     assert result["cost_shares"]["policy"]["bitops"] <= 1
