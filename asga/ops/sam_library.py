@@ -2,9 +2,9 @@
 
 What all of them have in common:
 
-- Lists are parallel: entry i of each belongs to parameter i. One call takes tensors of one device, all parameters of one
-  dtype (float32, bfloat16, float16 or float64), backups, momenta and moments of that dtype, all gradients of one dtype,
-  which may be another. Shapes agree within an entry, strides need not.
+- Lists are parallel: entry i of each belongs to parameter i. One call takes tensors of one device: parameters of one
+  dtype (float32, bfloat16, float16 or float64), backups, momenta and moments of the same, gradients of one dtype, which
+  may be another. Shapes agree within an entry, strides need not.
 - Arithmetic is float32, or float64 for float64 parameters, without contraction into fused multiply-adds: what is
   written has the same bits on every backend. Sums (`sam_norm`, `sam_dots`) are float32 (float64) within a block and
   float64 across blocks, in an order that depends on the sizes alone: every run gives the same bits.

@@ -58,9 +58,13 @@ class TestNorm:
 class TestAscentStep:
     @pytest.mark.parametrize(
         ("relative", "scale", "expected"),
-        [(True, None, 0.9 * 0.3 / 2), (False, None, 0.3 / 2 - 0.1), (True, 8.0, 0.9 * 0.3 / 2)]
-        # A factor 8 on the gradients: theirs is rho / ||8 g||, and alpha shrinks with it.
-        + [(False, 8.0, 0.3 / 2 - 0.1 / 8)],
+        [
+            (True, None, 0.9 * 0.3 / 2),
+            (False, None, 0.3 / 2 - 0.1),
+            (True, 8.0, 0.9 * 0.3 / 2),
+            # A factor 8 on the gradients: theirs is rho / ||8 g||, and alpha shrinks with it.
+            (False, 8.0, 0.3 / 2 - 0.1 / 8),
+        ],
     )
     def test_is_the_published_step(self, relative, scale, expected):
         factor = None if scale is None else scalar(scale)
