@@ -67,8 +67,8 @@ def sam_perturb(
 ) -> None:
     """A3: ``backup <- theta; theta <- theta + s T^2 g; first_grad <- g``.
 
-    Theta stays where s T^2 is 0, whatever g holds. `first_grads` is empty where g is kept without a copy. Where `rho_scales` is zero, parameter and backup are
-    left alone and only the gradient is copied.
+    Theta stays where s T^2 is 0, whatever g holds. `first_grads` is empty where g is kept without a copy. Where
+    `rho_scales` is zero, parameter and backup are left alone and only the gradient is copied.
     """
     for index, (param, backup, grad, rho_scale) in enumerate(zip(params, backups, grads, rho_scales, strict=True)):
         if first_grads:
@@ -308,7 +308,7 @@ def _combined(first_grads: Sequence[Tensor], grad: Tensor, index: int, coefficie
 
 
 def _square_root(x: Tensor) -> Tensor:
-    """Rounded correctly in float32, by way of float64: on a CPU, torch's own misses by an ulp in a fifth of the cases."""
+    """Rounded correctly in float32, by way of float64: torch's own on a CPU often misses by an ulp."""
     return torch.sqrt(x.double()).to(x.dtype)
 
 

@@ -292,10 +292,10 @@ class TestRefusals:
         a = torch.ones(3)
         with pytest.raises(RuntimeError, match="step must be a float64 tensor"):
             ops.sam_perturb([a], [a.clone()], [], [a], torch.tensor(0.1), [1.0], False)
-        with pytest.raises(RuntimeError, match="coefficients must be a float64 tensor .* with 4"):
+        with pytest.raises(RuntimeError, match=r"coefficients must be a float64 tensor .* with 4"):
             ops.sam_combine([a], [a], [], [a], scalar(1.0))
+        args = ([torch.tensor(1)], coefficients(), None, 0.1, 0.9, 0.99, 1e-8, 0.0, False)
         with pytest.raises(RuntimeError, match="steps must hold float32"):
-            args = ([torch.tensor(1)], coefficients(), None, 0.1, 0.9, 0.99, 1e-8, 0.0, False)
             ops.sam_adam([a], [a], [], [a], [a], [a], *args)
 
 
