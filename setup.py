@@ -119,7 +119,9 @@ def cpu_rules(includes: list[str], library_dir: Path) -> dict:
     """Objects (output, source, command) and the link command of the CPU library."""
     cxx = [find_cxx(), *CXX_FLAGS]
     python = [f"-I{sysconfig.get_path('include')}", "-DPy_LIMITED_API=0x030a0000"]
-    objects = [("module.o", "csrc/module.cpp", [*cxx, *python])]
+    objects = []
+    for source in sorted(ROOT.glob("csrc/*.cpp")):
+        objects.append((f"{source.stem}.o", source.relative_to(ROOT), [*cxx, *python]))
     for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
         objects.append((f"{source.stem}.o", source.relative_to(ROOT), [*cxx, TORCH_TARGET, *includes]))
     for source in sorted(ROOT.glob("csrc/cpu/vectorized/*.cpp")):
