@@ -154,8 +154,8 @@ constexpr PyCFunction as_method(Function function) {
 
 }  // namespace
 
-// Addresses: x, y, g, dx, gradients of the parameters, scale(s), probs, zero point(s); 0 for none. Then the range or the
-// lists of ranges, and the layout: outer, channels, inner.
+// Addresses: x, y, g, dx, gradients of the parameters, scale(s), probs, zero point(s); 0 for none. Then the range or
+// the lists of ranges, and the layout: outer, channels, inner.
 PyMethodDef direct_methods[] = {
     {"fake_quant", as_method(py_fake_quant), METH_FASTCALL, nullptr},
     {"fake_quant_backward", as_method(py_fake_quant_backward), METH_FASTCALL, nullptr},

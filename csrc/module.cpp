@@ -2,7 +2,7 @@
 #include "direct.h"
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of asga", -1, asga::direct_methods,
-                                   nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", "CPU kernels of asga", -1, asga::direct_methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

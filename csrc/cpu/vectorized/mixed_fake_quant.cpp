@@ -113,9 +113,8 @@ struct Backward {
     for (int r = 1; r < R; ++r)
       if (count <= r * kWidth<V>) values[r] = values[0];
     differentiate(line, grads, values, passed);
-    for_each_part<V>(count, [&](int r, int some) {
-      store_some(grad_input + offset + r * kWidth<V>, grads[r] * passed[r], some);
-    });
+    for_each_part<V>(
+        count, [&](int r, int some) { store_some(grad_input + offset + r * kWidth<V>, grads[r] * passed[r], some); });
   }
 
   ASGA_INLINE void add_sums(int64_t slot, int64_t line, int64_t count) {
@@ -154,9 +153,8 @@ struct Backward {
 template <typename scalar_t>
 void forward(const Work& work, const MixedGrids<compute_t<scalar_t>>& grids, const scalar_t* input, scalar_t* output,
              bool past_caches, int64_t begin, int64_t end) {
-  sweep(work, past_caches, output, begin, end, [&](auto columns, auto past) {
-    return Forward<scalar_t, columns.value, past.value>{grids, input, output};
-  });
+  sweep(work, past_caches, output, begin, end,
+        [&](auto columns, auto past) { return Forward<scalar_t, columns.value, past.value>{grids, input, output}; });
 }
 
 template <typename scalar_t>
