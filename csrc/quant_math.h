@@ -40,7 +40,7 @@ ASGA_HD T clamp_propagate_nan(T x, T low, T high) {
   return high < x ? high : x;
 }
 
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 // One instruction each, where a comparison and a selection would be two.
 ASGA_HD float clamp_propagate_nan(float x, float low, float high) {
   asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(low));
