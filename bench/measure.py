@@ -62,9 +62,9 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def wall_time(call: Callable[[], object], seconds: float, device: torch.device) -> Sampler:
     """Time of a call on the host's clock, calls following each other; on a GPU until its queue has run dry.
 
-    Each sample begins with a call that does not count. It finds the caches as the others left them, and the memory of a
-    virtual machine as the host left it: what has been free for a second or two may have gone back to the host, and is ten
-    times slower to touch than memory that has been in use just before.
+    Each sample begins with a call that does not count. It finds the caches as the others left them, and the memory of
+    a virtual machine as the host left it: what has been free for a second or two may have gone back to the host, and
+    is ten times slower to touch than memory that has been in use just before.
 
     Args:
         call: Warmed up here.

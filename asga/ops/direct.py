@@ -1,9 +1,9 @@
 """The sweeps on small CPU tensors, past PyTorch's dispatcher.
 
-On the weight of a depthwise layer the sweep takes two microseconds and the call of an operator ten: boxed arguments, a
-look-up by keys, an allocation through the stable interface. Where nothing can be looking at the operators, and the tensors
-are contiguous float32, the eager gradients in `asga.ops.autograd` call the same sweeps on addresses instead, in one
-thread. Results have the same bits.
+On the weight of a depthwise layer the sweep takes two microseconds and the call of an operator ten: boxed arguments,
+a look-up by keys, an allocation through the stable interface. Where nothing can be looking at the operators, and the
+tensors are contiguous float32, the eager gradients in `asga.ops.autograd` call the same sweeps on addresses instead,
+in one thread. Results have the same bits.
 """
 
 import torch
