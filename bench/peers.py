@@ -269,10 +269,10 @@ def _reference(inputs: Inputs) -> tuple[Tensor, ...]:
         settings = (None, lows[0], highs[0], inputs.case.axis)
         output = reference.fake_quant(*tensors, *settings)
         return output, *reference.fake_quant_backward(inputs.grad, *tensors, *settings)[:2]
-    settings = (lows, highs, inputs.case.axis)
+    settings = (None, lows, highs, inputs.case.axis)
     return (
         reference.mixed_fake_quant(*tensors, *settings),
-        *reference.mixed_fake_quant_backward(inputs.grad, *tensors, *settings),
+        *reference.mixed_fake_quant_backward(inputs.grad, *tensors, *settings)[:3],
     )
 
 

@@ -32,6 +32,7 @@ def mixed_fake_quant(
     input: Tensor,
     scales: Tensor,
     probs: Tensor,
+    zero_points: Tensor | None,
     quant_mins: list[int],
     quant_maxs: list[int],
     axis: int | None,
@@ -51,6 +52,7 @@ def mixed_fake_quant(
     Returns:
         A tensor with the shape, dtype and strides of ``torch.empty_like(input)``.
     """
+    _check_symmetric(zero_points)
     output = torch.empty_like(input)
     if input.numel() == 0:
         return output
@@ -81,10 +83,11 @@ def mixed_fake_quant_backward(
     input: Tensor,
     scales: Tensor,
     probs: Tensor,
+    zero_points: Tensor | None,
     quant_mins: list[int],
     quant_maxs: list[int],
     axis: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `mixed_fake_quant`: (input, scales, probs).
 
     Deterministic: no atomics, and the order of all additions depends on sizes and dtype alone.
@@ -102,15 +105,16 @@ def mixed_fake_quant_backward(
         Gradients of `input`, `scales` and `probs`, each with the shape, dtype and strides that
         ``torch.empty_like`` of it has.
     """
+    _check_symmetric(zero_points)
     grad_input = torch.empty_like(input)
     if not scales.is_contiguous():
         like = torch.empty_like(scales)
-        grads = mixed_fake_quant_backward(grad, input, scales.contiguous(), probs, quant_mins, quant_maxs, axis)
-        return grads[0], like.copy_(grads[1]), grads[2]
+        grads = mixed_fake_quant_backward(grad, input, scales.contiguous(), probs, None, quant_mins, quant_maxs, axis)
+        return grads[0], like.copy_(grads[1]), *grads[2:]
     probs = probs.contiguous()
     grad_scales, grad_probs = torch.empty_like(scales), torch.empty_like(probs)
     if input.numel() == 0:
-        return grad_input, grad_scales.zero_(), grad_probs.zero_()
+        return grad_input, grad_scales.zero_(), grad_probs.zero_(), scales.new_empty(0)
     grad, input = dense_like(grad, grad_input), dense_like(input, grad_input)
     layout = layout_of(input, axis)
     splits, candidates = layout.splits, len(quant_mins)
@@ -155,7 +159,12 @@ def mixed_fake_quant_backward(
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
-    return grad_input, grad_scales, grad_probs
+    return grad_input, grad_scales, grad_probs, scales.new_empty(0)
+
+
+def _check_symmetric(zero_points: Tensor | None) -> None:
+    if zero_points is not None:
+        raise NotImplementedError("zero_points is given, but mixtures in Triton are symmetric")
 
 
 @triton.jit

@@ -37,20 +37,22 @@ class MixedFakeQuant(torch.autograd.Function):
         input: Tensor,
         scales: Tensor,
         probs: Tensor,
+        zero_points: Tensor | None,
         quant_mins: list[int],
         quant_maxs: list[int],
         axis: int | None,
     ) -> Tensor:
         """Keep the arguments and run the operator."""
-        ctx.save_for_backward(input, scales, probs)
+        ctx.save_for_backward(input, scales, probs, zero_points)
         ctx.settings = (quant_mins, quant_maxs, axis)
-        return torch.ops.asga.mixed_fake_quant.default(input, scales, probs, quant_mins, quant_maxs, axis)
+        return torch.ops.asga.mixed_fake_quant.default(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the arguments, in one sweep."""
-        grads = torch.ops.asga.mixed_fake_quant_backward.default(grad, *ctx.saved_tensors, *ctx.settings)
-        return *grads, None, None, None
+        input, scales, probs, zero_points = ctx.saved_tensors
+        grads = torch.ops.asga.mixed_fake_quant_backward.default(grad, input, scales, probs, zero_points, *ctx.settings)
+        return *grads[:3], (None if zero_points is None else grads[3]), None, None, None
 
 
 def plain_eager() -> bool:

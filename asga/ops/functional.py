@@ -75,23 +75,26 @@ def mixed_fake_quant(
     input: Tensor,
     scales: Tensor,
     probs: Tensor,
+    zero_points: Tensor | None = None,
     *,
     quant_mins: Sequence[int],
     quant_maxs: Sequence[int],
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Tensor:
-    """Mixture of K quantizers in one sweep: ``sum_k probs[k] * fake_quant(x; scales[k], min_k, max_k)``.
+    """Mixture of K quantizers in one sweep: ``sum_k probs[k] * fake_quant(x; scales[k], z[k], min_k, max_k)``.
 
     Reads `input` once, writes the output once and keeps only `input` for backward, whatever K is. Multiplies by
     the reciprocal of each scale (`fake_quant` divides), so single values on a rounding boundary may differ from
-    the sum of K calls of `fake_quant`. Differentiable in `input`, `scales` and `probs`.
+    the sum of K calls of `fake_quant`. Differentiable in `input`, `scales`, `probs` and `zero_points`.
 
     Args:
         input: Any shape, float32, bfloat16, float16 or float64.
         scales: ``[K]`` (per tensor), ``[K, C]`` with ``C = input.shape[axis]`` (per channel), or
             ``[K, ..., L / group_size]`` for an input ``[..., L]`` (per group); floating, positive.
         probs: ``[K]``, the weights of the candidates. They need not sum to one.
+        zero_points: Like `scales`; rounded half to even before use. None is zero. Their magnitude must stay below
+            2**21.
         quant_mins: K integers, the smallest of each grid.
         quant_maxs: K integers, the largest of each grid.
         axis: Dimension of the channels, or None for one scale per candidate, in all or per group.
@@ -106,7 +109,7 @@ def mixed_fake_quant(
 
     Source:
         Cai and Vasconcelos, "Rethinking Differentiable Search for Mixed-Precision Neural Networks" (EdMIPS),
-        CVPR 2020, eq. 10: one convolution of the mixture.
+        CVPR 2020, eq. 10: one convolution of the mixture; Bhalgat et al., "LSQ+", 2020, for the zero points.
     """
     axis = _check_input(input, axis)
     quant_mins, quant_maxs = list(quant_mins), list(quant_maxs)
@@ -121,13 +124,20 @@ def mixed_fake_quant(
     if group_size is not None:
         groups = _check_groups(input, axis, group_size)
         _check_scale("scales", scales, input, (candidates, *groups), grouped=True)
+        if zero_points is not None:
+            _check_scale("zero_points", zero_points, input, (candidates, *groups), grouped=True)
+            zero_points = zero_points.reshape(candidates, -1)
         rows, scales = input.reshape(-1, group_size), scales.reshape(candidates, -1)
-        output = mixed_fake_quant(rows, scales, probs, quant_mins=quant_mins, quant_maxs=quant_maxs, axis=0)
+        output = mixed_fake_quant(
+            rows, scales, probs, zero_points, quant_mins=quant_mins, quant_maxs=quant_maxs, axis=0
+        )
         return output.reshape(input.shape)
     channels = () if axis is None else (input.shape[axis],)
     _check_scale("scales", scales, input, (candidates, *channels), axis)
+    if zero_points is not None:
+        _check_scale("zero_points", zero_points, input, (candidates, *channels), axis)
     run = MixedFakeQuant.apply if plain_eager() else torch.ops.asga.mixed_fake_quant
-    return run(input, scales, probs, quant_mins, quant_maxs, axis)
+    return run(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
 
 
 def _check_input(input: Tensor, axis: int | None) -> int | None:

@@ -18,12 +18,12 @@ library.define(
     "int quant_max, int? axis) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    "mixed_fake_quant(Tensor input, Tensor scales, Tensor probs, int[] quant_mins, int[] quant_maxs, int? axis)"
-    " -> Tensor"
+    "mixed_fake_quant(Tensor input, Tensor scales, Tensor probs, Tensor? zero_points, int[] quant_mins, "
+    "int[] quant_maxs, int? axis) -> Tensor"
 )
 library.define(
-    "mixed_fake_quant_backward(Tensor grad, Tensor input, Tensor scales, Tensor probs, int[] quant_mins, "
-    "int[] quant_maxs, int? axis) -> (Tensor, Tensor, Tensor)"
+    "mixed_fake_quant_backward(Tensor grad, Tensor input, Tensor scales, Tensor probs, Tensor? zero_points, "
+    "int[] quant_mins, int[] quant_maxs, int? axis) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -39,13 +39,14 @@ def _(grad, input, scale, zero_point, quant_min, quant_max, axis):
 
 
 @torch.library.register_fake("asga::mixed_fake_quant", lib=library)
-def _(input, scales, probs, quant_mins, quant_maxs, axis):
+def _(input, scales, probs, zero_points, quant_mins, quant_maxs, axis):
     return torch.empty_like(input)
 
 
 @torch.library.register_fake("asga::mixed_fake_quant_backward", lib=library)
-def _(grad, input, scales, probs, quant_mins, quant_maxs, axis):
-    return torch.empty_like(input), torch.empty_like(scales), torch.empty_like(probs)
+def _(grad, input, scales, probs, zero_points, quant_mins, quant_maxs, axis):
+    grad_zero_points = scales.new_empty(0) if zero_points is None else torch.empty_like(zero_points)
+    return torch.empty_like(input), torch.empty_like(scales), torch.empty_like(probs), grad_zero_points
 
 
 def _fake_quant_context(ctx, inputs, output) -> None:
@@ -60,13 +61,14 @@ def _fake_quant_grad(ctx, grad: Tensor):
 
 
 def _mixed_fake_quant_context(ctx, inputs, output) -> None:
-    input, scales, probs, *ctx.settings = inputs
-    ctx.save_for_backward(input, scales, probs)
+    input, scales, probs, zero_points, *ctx.settings = inputs
+    ctx.save_for_backward(input, scales, probs, zero_points)
 
 
 def _mixed_fake_quant_grad(ctx, grad: Tensor):
-    grads = torch.ops.asga.mixed_fake_quant_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return *grads, None, None, None
+    *tensors, zero_points = ctx.saved_tensors
+    grads = torch.ops.asga.mixed_fake_quant_backward(grad, *tensors, zero_points, *ctx.settings)
+    return *grads[:3], (None if zero_points is None else grads[3]), None, None, None
 
 
 def _no_second_derivative(ctx, *grads: Tensor):

@@ -48,6 +48,7 @@ def mixed_fake_quant(
     input: Tensor,
     scales: Tensor,
     probs: Tensor,
+    zero_points: Tensor | None,
     quant_mins: list[int],
     quant_maxs: list[int],
     axis: int | None,
@@ -55,7 +56,7 @@ def mixed_fake_quant(
     """Sum of K quantized copies of `input`, weighted by `probs`; see `asga.ops.mixed_fake_quant`."""
     x, inverse, weight = _prepare_mixture(input, scales, probs, axis)
     output = None
-    for k, (low, high) in enumerate(zip(quant_mins, quant_maxs, strict=True)):
+    for k, (low, high) in enumerate(_mixture_bounds(x, zero_points, quant_mins, quant_maxs, axis)):
         term = _round(torch.clamp(x * inverse[k], low, high)) * weight[k]
         output = term if output is None else output + term
     return _like(input, output)
@@ -66,20 +67,22 @@ def mixed_fake_quant_backward(
     input: Tensor,
     scales: Tensor,
     probs: Tensor,
+    zero_points: Tensor | None,
     quant_mins: list[int],
     quant_maxs: list[int],
     axis: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `mixed_fake_quant`: (input, scales, probs).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `mixed_fake_quant`: (input, scales, probs, zero_points), the last one empty without zero points.
 
-    dx = g sum_k p_k [inside_k], ds_k = p_k sum g (q_k - v_k [inside_k]), dp_k = sum g q_k s_k.
+    With v_k = x * (1 / s_k) and q_k the same clamped and rounded, relative to the zero point: dx = g sum_k p_k
+    [inside_k], ds_k = p_k sum g (q_k - v_k [inside_k]), dp_k = sum g q_k s_k, dz_k = -p_k s_k sum g [outside_k].
     """
     x, inverse, _ = _prepare_mixture(input, scales, probs, axis)
     grad = grad.to(x.dtype)
     probs_wide = probs.to(x.dtype)
     passed = torch.zeros_like(x)
-    grad_scales, grad_probs = [], []
-    for k, (low, high) in enumerate(zip(quant_mins, quant_maxs, strict=True)):
+    grad_scales, grad_probs, grad_zero_points = [], [], []
+    for k, (low, high) in enumerate(_mixture_bounds(x, zero_points, quant_mins, quant_maxs, axis)):
         scaled = x * inverse[k]
         clamped = torch.clamp(scaled, low, high)
         inside = scaled == clamped
@@ -88,10 +91,14 @@ def mixed_fake_quant_backward(
         residual = grad * (rounded - torch.where(inside, scaled, 0.0))
         grad_scales.append(_sum_to(scales[k], residual, axis, torch.float64) * probs[k])
         grad_probs.append((_sum_to(scales[k], grad * rounded, axis, torch.float64) * scales[k]).sum())
+        if zero_points is not None:
+            outside = _sum_to(scales[k], torch.where(inside, 0.0, grad), axis, torch.float64)
+            grad_zero_points.append(outside * scales[k] * -probs[k])
     return (
         _like(input, grad * passed),
         _like(scales, torch.stack(grad_scales)),
         _like(probs, torch.stack(grad_probs)),
+        scales.new_empty(0) if zero_points is None else _like(zero_points, torch.stack(grad_zero_points)),
     )
 
 
@@ -123,6 +130,17 @@ def _prepare_mixture(
     inverse = [_broadcast(1.0 / scale, input, axis) for scale in scales]
     weight = [_broadcast(scale * prob, input, axis) for scale, prob in zip(scales, probs, strict=True)]
     return input.to(dtype), inverse, weight
+
+
+def _mixture_bounds(
+    x: Tensor, zero_points: Tensor | None, quant_mins: list[int], quant_maxs: list[int], axis: int | None
+) -> list[tuple[Tensor, Tensor]] | list[tuple[int, int]]:
+    """Per candidate the range minus the rounded zero point: clamping to it before rounding equals clamping after."""
+    ranges = list(zip(quant_mins, quant_maxs, strict=True))
+    if zero_points is None:
+        return ranges
+    offsets = [_broadcast(torch.round(offset), x, axis) for offset in zero_points.to(x.dtype)]
+    return [(low - offset, high - offset) for (low, high), offset in zip(ranges, offsets, strict=True)]
 
 
 def _round(x: Tensor) -> Tensor:

@@ -59,8 +59,13 @@ void check_candidates(const std::vector<int64_t>& quant_mins, const std::vector<
                   " entries but quant_mins has ", candidates);
 }
 
-Tensor mixed_fake_quant(Tensor input, Tensor scales, Tensor probs, std::vector<int64_t> quant_mins,
-                        std::vector<int64_t> quant_maxs, std::optional<int64_t> axis) {
+void check_symmetric(const std::optional<Tensor>& zero_points) {
+  STD_TORCH_CHECK(!zero_points.has_value(), "zero_points is given, but mixtures on the CPU are symmetric");
+}
+
+Tensor mixed_fake_quant(Tensor input, Tensor scales, Tensor probs, std::optional<Tensor> zero_points,
+                        std::vector<int64_t> quant_mins, std::vector<int64_t> quant_maxs, std::optional<int64_t> axis) {
+  check_symmetric(zero_points);
   check_candidates(quant_mins, quant_maxs);
   const ScalarType type = compute_type(input);
   const int64_t candidates = quant_mins.size();
@@ -84,10 +89,12 @@ Tensor mixed_fake_quant(Tensor input, Tensor scales, Tensor probs, std::vector<i
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> mixed_fake_quant_backward(Tensor grad, Tensor input, Tensor scales, Tensor probs,
-                                                             std::vector<int64_t> quant_mins,
-                                                             std::vector<int64_t> quant_maxs,
-                                                             std::optional<int64_t> axis) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_fake_quant_backward(Tensor grad, Tensor input, Tensor scales,
+                                                                     Tensor probs, std::optional<Tensor> zero_points,
+                                                                     std::vector<int64_t> quant_mins,
+                                                                     std::vector<int64_t> quant_maxs,
+                                                                     std::optional<int64_t> axis) {
+  check_symmetric(zero_points);
   check_candidates(quant_mins, quant_maxs);
   check_same_shape("grad", grad, input);
   const ScalarType type = compute_type(input);
@@ -133,7 +140,8 @@ std::tuple<Tensor, Tensor, Tensor> mixed_fake_quant_backward(Tensor grad, Tensor
       probs_out[k] = static_cast<compute>(prob_total);
     }
   });
-  return {grad_input, to_layout_of(scales, grad_scales), to_layout_of(probs, grad_probs)};
+  return {grad_input, to_layout_of(scales, grad_scales), to_layout_of(probs, grad_probs),
+          torch::stable::new_empty(scales, {0})};
 }
 
 }  // namespace

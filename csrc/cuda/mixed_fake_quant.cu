@@ -159,9 +159,14 @@ int check_candidates(const std::vector<int64_t>& quant_mins, const std::vector<i
   return static_cast<int>(quant_mins.size());
 }
 
+void check_symmetric(const std::optional<Tensor>& zero_points) {
+  STD_TORCH_CHECK(!zero_points.has_value(), "zero_points is given, but mixtures on CUDA are symmetric");
+}
+
 Tensor mixed_fake_quant(const Tensor& input, const Tensor& scales, const Tensor& probs,
-                        const std::vector<int64_t>& quant_mins, const std::vector<int64_t>& quant_maxs,
-                        std::optional<int64_t> axis) {
+                        const std::optional<Tensor>& zero_points, const std::vector<int64_t>& quant_mins,
+                        const std::vector<int64_t>& quant_maxs, std::optional<int64_t> axis) {
+  check_symmetric(zero_points);
   const ScalarType type = compute_type(input);
   const int candidates = check_candidates(quant_mins, quant_maxs);
   const DeviceGuard guard(input.get_device_index());
@@ -180,11 +185,13 @@ Tensor mixed_fake_quant(const Tensor& input, const Tensor& scales, const Tensor&
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> mixed_fake_quant_backward(const Tensor& grad, const Tensor& input,
-                                                             const Tensor& scales, const Tensor& probs,
-                                                             const std::vector<int64_t>& quant_mins,
-                                                             const std::vector<int64_t>& quant_maxs,
-                                                             std::optional<int64_t> axis) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_fake_quant_backward(const Tensor& grad, const Tensor& input,
+                                                                     const Tensor& scales, const Tensor& probs,
+                                                                     const std::optional<Tensor>& zero_points,
+                                                                     const std::vector<int64_t>& quant_mins,
+                                                                     const std::vector<int64_t>& quant_maxs,
+                                                                     std::optional<int64_t> axis) {
+  check_symmetric(zero_points);
   const ScalarType type = compute_type(input);
   const int candidates = check_candidates(quant_mins, quant_maxs);
   const DeviceGuard guard(input.get_device_index());
@@ -194,7 +201,8 @@ std::tuple<Tensor, Tensor, Tensor> mixed_fake_quant_backward(const Tensor& grad,
   const Tensor p = to_parameter("probs", probs, input, candidates, type);
   check_same_device("grad", grad, input);
   check_same_shape("grad", grad, input);
-  if (x.numel() == 0) return {empty_as(x), zeros_like(scales), zeros_like(probs)};
+  const Tensor none = torch::stable::new_empty(scales, {0});
+  if (x.numel() == 0) return {empty_as(x), zeros_like(scales), zeros_like(probs), none};
   const Tensor g = to_layout_of(x, grad);
   const Tensor grad_input = empty_as(x);
   const Tensor grad_scales = empty_as(s);
@@ -213,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> mixed_fake_quant_backward(const Tensor& grad,
     launch_sum_probs(mutable_data<A>(grad_probs), const_data<A>(partials), const_data<A>(s), candidates,
                      layout.channels, slots(tiles), stream);
   });
-  return {grad_input, to_layout_of(scales, grad_scales), to_layout_of(probs, grad_probs)};
+  return {grad_input, to_layout_of(scales, grad_scales), to_layout_of(probs, grad_probs), none};
 }
 
 }  // namespace

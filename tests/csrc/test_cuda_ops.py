@@ -243,18 +243,18 @@ class TestMixedFakeQuant:
         settings = (list(self.MINS[:count]), list(self.MAXS[:count]))
         device = [_on_device(t) for t in (grad, input, scales, probs)]
 
-        output = torch.ops.asga.mixed_fake_quant(*device[1:], *settings, axis)
-        _assert_same_bits(output, reference.mixed_fake_quant(input, scales, probs, *settings, axis))
+        output = torch.ops.asga.mixed_fake_quant(*device[1:], None, *settings, axis)
+        _assert_same_bits(output, reference.mixed_fake_quant(input, scales, probs, None, *settings, axis))
 
-        actual = torch.ops.asga.mixed_fake_quant_backward(*device, *settings, axis)
-        expected = reference.mixed_fake_quant_backward(grad, input, scales, probs, *settings, axis)
+        actual = torch.ops.asga.mixed_fake_quant_backward(*device, None, *settings, axis)
+        expected = reference.mixed_fake_quant_backward(grad, input, scales, probs, None, *settings, axis)
         _assert_same_bits(actual[0], expected[0])
         flat = [t.flatten() for t in (grad, input)]
         each = _per_value(scales.reshape(count, channels), input, axis)
-        terms = reference.mixed_fake_quant_backward(*flat, each, probs, *settings, 0)[1]
+        terms = reference.mixed_fake_quant_backward(*flat, each, probs, None, *settings, 0)[1]
         _assert_sum(actual[1], expected[1], _sum_magnitudes(terms, input, axis), input)
         alone = [
-            reference.mixed_fake_quant(flat[1], each[k : k + 1], torch.ones_like(probs[:1]), [low], [high], 0)
+            reference.mixed_fake_quant(flat[1], each[k : k + 1], torch.ones_like(probs[:1]), None, [low], [high], 0)
             for k, (low, high) in enumerate(zip(*settings, strict=True))
         ]
         magnitude = (torch.stack(alone) * flat[0]).double().abs().sum(1)
@@ -274,10 +274,10 @@ class TestMixedFakeQuant:
     def test_nan_passes_through_and_gets_no_gradient(self, dtype):
         input = torch.tensor([0.3, float("nan"), -0.2], dtype=dtype, device=DEVICE)
         scales, probs = (t.to(DEVICE) for t in self._candidates(2, 1, None, dtype))
-        output = torch.ops.asga.mixed_fake_quant(input, scales, probs, [-2, -4], [1, 3], None)
+        output = torch.ops.asga.mixed_fake_quant(input, scales, probs, None, [-2, -4], [1, 3], None)
         assert output.isnan().tolist() == [False, True, False]
         grads = torch.ops.asga.mixed_fake_quant_backward(
-            torch.ones_like(input), input, scales, probs, [-2, -4], [1, 3], None
+            torch.ones_like(input), input, scales, probs, None, [-2, -4], [1, 3], None
         )
         assert grads[0][1] == 0
         assert grads[1].isnan().all()
@@ -288,7 +288,7 @@ class TestMixedFakeQuant:
         input = torch.empty(0, 3, device=DEVICE)
         scales = torch.ones(2 if axis is None else (2, input.shape[axis]), device=DEVICE)
         probs = torch.ones(2, device=DEVICE)
-        grads = torch.ops.asga.mixed_fake_quant_backward(input, input, scales, probs, [-2, -4], [1, 3], axis)
+        grads = torch.ops.asga.mixed_fake_quant_backward(input, input, scales, probs, None, [-2, -4], [1, 3], axis)
         assert grads[0].shape == (0, 3)
         assert torch.equal(grads[1], torch.zeros_like(scales))
         assert torch.equal(grads[2], torch.zeros(2, device=DEVICE))
@@ -305,7 +305,7 @@ class TestMixedFakeQuant:
     def test_wrong_number_of_candidates(self, mins, maxs, message):
         two = torch.ones(2, device=DEVICE)
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.asga.mixed_fake_quant(torch.ones(3, device=DEVICE), two, two, mins, maxs, None)
+            torch.ops.asga.mixed_fake_quant(torch.ones(3, device=DEVICE), two, two, None, mins, maxs, None)
 
 
 def test_more_than_2_to_31_values():

@@ -79,7 +79,7 @@ def _launch_all(x: torch.Tensor, axis: int | None) -> None:
     fixed = (scale, zero_point, -8, 7, axis)
     fake_quant.fake_quant(x, *fixed)
     fake_quant.fake_quant_backward(x, x, *fixed)
-    mixture = (scales, probs, [-2, -4, -8, -32, -128], [1, 3, 7, 31, 127], axis)
+    mixture = (scales, probs, None, [-2, -4, -8, -32, -128], [1, 3, 7, 31, 127], axis)
     mixed_fake_quant.mixed_fake_quant(x, *mixture)
     mixed_fake_quant.mixed_fake_quant_backward(x, x, *mixture)
 

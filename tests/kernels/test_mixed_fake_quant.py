@@ -24,10 +24,10 @@ def _arguments(x: Tensor, axis: int | None, candidates: int) -> tuple:
     scales[..., :1] = 0.25
     probs = torch.rand(candidates, generator=generator).softmax(0)
     ranges = (QUANT_MINS[:candidates], QUANT_MAXS[:candidates])
-    return x, scales.to(x.device), probs.to(x.device), *ranges, axis
+    return x, scales.to(x.device), probs.to(x.device), None, *ranges, axis
 
 
-def _sums_of_magnitudes(grad: Tensor, x: Tensor, scales: Tensor, probs: Tensor, mins, maxs, axis: int | None):
+def _sums_of_magnitudes(grad: Tensor, x: Tensor, scales: Tensor, probs: Tensor, _, mins, maxs, axis: int | None):
     """sum |terms| of the gradients of scales and probabilities, in float64, for the bound of their error."""
     shape = [-1 if d == axis else 1 for d in range(x.dim())]
     others = [d for d in range(x.dim()) if d != axis]
@@ -51,7 +51,7 @@ def _check_backward(grad: Tensor, arguments: tuple, assert_same_bits, assert_sam
     actual = kernels.mixed_fake_quant_backward(grad, *arguments)
     expected = reference.mixed_fake_quant_backward(grad, *arguments)
     assert_same_bits(actual[0], expected[0])
-    for ours, wanted, magnitude in zip(actual[1:], expected[1:], _sums_of_magnitudes(grad, *arguments), strict=True):
+    for ours, wanted, magnitude in zip(actual[1:3], expected[1:3], _sums_of_magnitudes(grad, *arguments), strict=True):
         assert_same_sum(ours, wanted, magnitude)
 
 
@@ -88,7 +88,7 @@ def test_a_program_that_adds_up_many_tiles(name, cases, device, assert_same_bits
 def test_values_next_to_ties_multiply_as_the_reference_does(next_to_ties, assert_same_bits):
     x, scale = next_to_ties
     scales, probs = torch.stack([scale, 2 * scale]), torch.tensor([0.25, 0.75], device=x.device)
-    arguments = (x, scales, probs, [-128, -8], [127, 7], 0)
+    arguments = (x, scales, probs, None, [-128, -8], [127, 7], 0)
     assert_same_bits(kernels.mixed_fake_quant(*arguments), reference.mixed_fake_quant(*arguments))
 
 
@@ -109,7 +109,7 @@ def test_nan_stays_and_infinities_clamp(device, assert_same_bits):
     x = torch.tensor([float("nan"), float("inf"), -float("inf")], device=device)
     scales = torch.tensor([0.5, 0.25], device=device)
     probs = torch.tensor([0.25, 0.75], device=device)
-    output = kernels.mixed_fake_quant(x, scales, probs, [-2, -8], [1, 7], None)
+    output = kernels.mixed_fake_quant(x, scales, probs, None, [-2, -8], [1, 7], None)
     expected = [float("nan"), 0.25 * 0.5 * 1 + 0.75 * 0.25 * 7, -0.25 * 0.5 * 2 - 0.75 * 0.25 * 8]
     assert_same_bits(output, torch.tensor(expected, device=device))
 
@@ -124,7 +124,7 @@ def test_other_dtypes(name, dtype, cases, device, assert_same_rounded, assert_sa
     actual = kernels.mixed_fake_quant_backward(grad, *arguments)
     expected = reference.mixed_fake_quant_backward(grad, *arguments)
     assert_same_rounded(actual[0], expected[0])
-    for ours, wanted, magnitude in zip(actual[1:], expected[1:], _sums_of_magnitudes(grad, *arguments), strict=True):
+    for ours, wanted, magnitude in zip(actual[1:3], expected[1:3], _sums_of_magnitudes(grad, *arguments), strict=True):
         assert_same_sum(ours, wanted, magnitude)
 
 
@@ -134,7 +134,7 @@ def test_scales_and_probs_of_other_dtypes(cases, device, assert_same_bits):
     arguments = (x, scales.bfloat16(), probs.double(), *rest)
     assert_same_bits(kernels.mixed_fake_quant(*arguments), reference.mixed_fake_quant(*arguments))
     grads = kernels.mixed_fake_quant_backward(x, *arguments)
-    assert [grad.dtype for grad in grads] == [torch.float32, torch.bfloat16, torch.float64]
+    assert [grad.dtype for grad in grads[:3]] == [torch.float32, torch.bfloat16, torch.float64]
 
 
 def test_a_gradient_in_another_memory_order(cases, device, assert_same_bits, assert_same_sum):

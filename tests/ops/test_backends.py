@@ -38,7 +38,7 @@ def _use_all_operators() -> None:
     x = torch.tensor([0.1, 0.6, 9.0], requires_grad=True)
     one, two = torch.tensor([0.5]), torch.tensor([0.5, 0.25])
     fake_quant(x, one, quant_min=-2, quant_max=1).sum().backward()
-    torch.ops.asga.mixed_fake_quant(x, two, two, [-2, -4], [1, 3], None).sum().backward()
+    torch.ops.asga.mixed_fake_quant(x, two, two, None, [-2, -4], [1, 3], None).sum().backward()
 
 
 class TestChoosing:

@@ -107,7 +107,7 @@ class TestFakeQuant:
 class TestMixedFakeQuant:
     def test_forward_and_input_gradient_have_the_bits_of_the_reference(self, case, dtype):
         x, grad, axis = _tensors(case, dtype, special=True)
-        arguments = (x, *_mixture(x, axis, 5), QUANT_MINS[:5], QUANT_MAXS[:5], axis)
+        arguments = (x, *_mixture(x, axis, 5), None, QUANT_MINS[:5], QUANT_MAXS[:5], axis)
         _assert_same_bits(ops.mixed_fake_quant(*arguments), reference.mixed_fake_quant(*arguments))
         actual = ops.mixed_fake_quant_backward(grad, *arguments)[0]
         _assert_same_bits(actual, reference.mixed_fake_quant_backward(grad, *arguments)[0])
@@ -116,7 +116,7 @@ class TestMixedFakeQuant:
         x, grad, axis = _dyadic(case, dtype)
         scales, probs = _mixture(x, axis, 3)
         scales = torch.tensor([0.5, 0.25, 0.5]).to(scales).reshape(-1, *[1] * (scales.dim() - 1)).expand_as(scales)
-        arguments = (grad, x, scales, torch.full_like(probs, 0.5), QUANT_MINS[:3], QUANT_MAXS[:3], axis)
+        arguments = (grad, x, scales, torch.full_like(probs, 0.5), None, QUANT_MINS[:3], QUANT_MAXS[:3], axis)
         expected = reference.mixed_fake_quant_backward(*arguments)
         for actual, wanted in zip(ops.mixed_fake_quant_backward(*arguments), expected, strict=True):
             assert torch.equal(actual, wanted)
@@ -128,7 +128,7 @@ class TestMixedFakeQuant:
 def test_every_number_of_candidates(case, dtype, count):
     x, grad, axis = _tensors(case, dtype)
     scales, probs = _mixture(x, axis, count)
-    settings = (QUANT_MINS[:count], QUANT_MAXS[:count])
+    settings = (None, QUANT_MINS[:count], QUANT_MAXS[:count])
     output = ops.mixed_fake_quant(x, scales, probs, *settings, axis)
     _assert_same_bits(output, reference.mixed_fake_quant(x, scales, probs, *settings, axis))
     actual = ops.mixed_fake_quant_backward(grad, x, scales, probs, *settings, axis)
@@ -137,7 +137,13 @@ def test_every_number_of_candidates(case, dtype, count):
     per_value = _per_value(grad, x, *scales, axis=axis)
     for k in range(count):
         terms = reference.mixed_fake_quant_backward(
-            *per_value[:2], per_value[2 + k][None], probs[k : k + 1], settings[0][k : k + 1], settings[1][k : k + 1], 0
+            *per_value[:2],
+            per_value[2 + k][None],
+            probs[k : k + 1],
+            None,
+            QUANT_MINS[k : k + 1],
+            QUANT_MAXS[k : k + 1],
+            0,
         )[1]
         _assert_same_sum(actual[1][k], expected[1][k], terms[0], x, axis)
         magnitude = (
@@ -153,7 +159,7 @@ def test_every_16_bit_value(dtype, scale):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     arguments = (x, torch.tensor([scale]), None, -(2**16), 2**16, None)
     _assert_same_bits(ops.fake_quant(*arguments), reference.fake_quant(*arguments))
-    one = (torch.tensor([0.7]), [-(2**16)], [2**16], None)
+    one = (torch.tensor([0.7]), None, [-(2**16)], [2**16], None)
     _assert_same_bits(
         ops.mixed_fake_quant(x, torch.tensor([scale]), *one), reference.mixed_fake_quant(x, torch.tensor([scale]), *one)
     )
@@ -171,7 +177,7 @@ class TestArguments:
         _assert_same_bits(
             ops.fake_quant_backward(grad, *arguments)[0], reference.fake_quant_backward(grad, *arguments)[0]
         )
-        mixture = (x, torch.stack([scales, scales]), torch.ones(2), [-8, -2], [7, 1], axis)
+        mixture = (x, torch.stack([scales, scales]), torch.ones(2), None, [-8, -2], [7, 1], axis)
         if axis is None:
             mixture = (x, torch.cat([scales, scales]), *mixture[2:])
         _assert_same_bits(ops.mixed_fake_quant(*mixture), reference.mixed_fake_quant(*mixture))
@@ -220,7 +226,7 @@ class TestArguments:
         scales = (torch.rand(19, 3) + 0.1).t()
         actual = ops.fake_quant(x, scale, None, QUANT_MIN, QUANT_MAX, axis)
         _assert_same_bits(actual, reference.fake_quant(x, scale, None, QUANT_MIN, QUANT_MAX, axis))
-        mixture = (x, scales, torch.linspace(0.1, 1, 6)[::2], [-2, -4, -8], [1, 3, 7], axis)
+        mixture = (x, scales, torch.linspace(0.1, 1, 6)[::2], None, [-2, -4, -8], [1, 3, 7], axis)
         _assert_same_bits(ops.mixed_fake_quant(*mixture), reference.mixed_fake_quant(*mixture))
         assert ops.mixed_fake_quant_backward(x, *mixture)[1].stride() == scales.stride()
 
@@ -247,7 +253,7 @@ def digest_of_all_results() -> str:
         for dtype in DTYPES:
             x, grad, axis = _tensors(case, dtype)
             one = (x, *_parameters(x, axis, True), QUANT_MIN, QUANT_MAX, axis)
-            several = (x, *_mixture(x, axis, 8), QUANT_MINS, QUANT_MAXS, axis)
+            several = (x, *_mixture(x, axis, 8), None, QUANT_MINS, QUANT_MAXS, axis)
             results = [ops.fake_quant(*one), *ops.fake_quant_backward(grad, *one)]
             results += [ops.mixed_fake_quant(*several), *ops.mixed_fake_quant_backward(grad, *several)]
             for result in results:

@@ -198,6 +198,21 @@ _BAD = {
         ValueError,
         r"probs has shape \(3,\); without an axis it must be \(2,\)",
     ),
+    "integer zero points of a mixture": (
+        lambda: mixed_fake_quant(X, **_SEVERAL, zero_points=torch.zeros(2).long()),
+        TypeError,
+        "zero_points has dtype torch.int64",
+    ),
+    "zero points of a mixture on another device": (
+        lambda: mixed_fake_quant(X, **_SEVERAL, zero_points=torch.zeros(2, device="meta")),
+        ValueError,
+        "zero_points is on meta but input is on cpu",
+    ),
+    "zero points without the channels": (
+        lambda: mixed_fake_quant(X, torch.ones(2, 6), MIXTURE["probs"], torch.zeros(2), **RANGES, axis=1),
+        ValueError,
+        r"zero_points has shape \(2,\); for axis 1 of an input of shape \(4, 6\) it must be \(2, 6\)",
+    ),
     "axis of a mixture": (lambda: mixed_fake_quant(X, **_SEVERAL, axis=5), ValueError, "axis is 5, out of range"),
 }
 
@@ -232,19 +247,19 @@ _OPCHECKS = {
     ),
     "mixed_fake_quant": (
         ops.mixed_fake_quant,
-        (*_needs_grad(X, MIXTURE["scales"], MIXTURE["probs"]), *_SEVERAL_SETTINGS, None),
+        (*_needs_grad(X, MIXTURE["scales"], MIXTURE["probs"]), None, *_SEVERAL_SETTINGS, None),
     ),
     "mixed_fake_quant, channels": (
         ops.mixed_fake_quant,
-        (*_needs_grad(X, _CHANNEL_SCALES, MIXTURE["probs"]), *_SEVERAL_SETTINGS, 1),
+        (*_needs_grad(X, _CHANNEL_SCALES, MIXTURE["probs"]), None, *_SEVERAL_SETTINGS, 1),
     ),
     "mixed_fake_quant_backward": (
         ops.mixed_fake_quant_backward,
-        (X, X, MIXTURE["scales"], MIXTURE["probs"], *_SEVERAL_SETTINGS, None),
+        (X, X, MIXTURE["scales"], MIXTURE["probs"], None, *_SEVERAL_SETTINGS, None),
     ),
     "mixed_fake_quant_backward, channels": (
         ops.mixed_fake_quant_backward,
-        (X, X, _CHANNEL_SCALES, MIXTURE["probs"], *_SEVERAL_SETTINGS, 1),
+        (X, X, _CHANNEL_SCALES, MIXTURE["probs"], None, *_SEVERAL_SETTINGS, 1),
     ),
 }
 
@@ -254,6 +269,14 @@ _OPCHECKS = {
 def test_opcheck(op, arguments, name):
     with backend(name):
         torch.library.opcheck(op.default, arguments)
+
+
+def test_opcheck_of_a_mixture_with_zero_points():
+    forward = (*_needs_grad(X, _CHANNEL_SCALES, MIXTURE["probs"], 4 * _CHANNEL_SCALES), *_SEVERAL_SETTINGS, 1)
+    with backend("reference"):
+        torch.library.opcheck(ops.mixed_fake_quant.default, forward)
+        backward = (X, *(tensor.detach() for tensor in forward[:4]), *forward[4:])
+        torch.library.opcheck(ops.mixed_fake_quant_backward.default, backward)
 
 
 class Quantizer(torch.nn.Module):

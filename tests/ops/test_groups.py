@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from asga.ops import fake_quant, mixed_fake_quant
+from asga.ops import backend, fake_quant, mixed_fake_quant
 
 RANGE = {"quant_min": -8, "quant_max": 7}
 RANGES = {"quant_mins": [-2, -8], "quant_maxs": [1, 7]}
@@ -27,6 +27,17 @@ def test_mixture_equals_the_groups_one_by_one():
     found = mixed_fake_quant(x, scales, probs, **RANGES, group_size=4)
     for k, (group, y) in enumerate(zip(x.view(-1, 4), found.view(-1, 4), strict=True)):
         assert torch.equal(y, mixed_fake_quant(group, scales.view(2, -1)[:, k], probs, **RANGES))
+
+
+def test_mixture_with_zero_points_equals_the_groups_one_by_one():
+    torch.manual_seed(0)
+    x, scales, probs = torch.randn(3, 16), torch.rand(2, 3, 4) + 0.1, torch.tensor([0.3, 0.7])
+    zero_points = torch.randint(-2, 3, scales.shape).float()
+    with backend("reference"):
+        found = mixed_fake_quant(x, scales, probs, zero_points, **RANGES, group_size=4)
+        for k, (group, y) in enumerate(zip(x.view(-1, 4), found.view(-1, 4), strict=True)):
+            of_group = [parameter.view(2, -1)[:, k] for parameter in (scales, zero_points)]
+            assert torch.equal(y, mixed_fake_quant(group, of_group[0], probs, of_group[1], **RANGES))
 
 
 def test_gradients_have_the_shapes_of_their_tensors():

@@ -57,7 +57,7 @@ class TestForward:
         x = x.to(dtype)
         one = (scale, zero_point, -8, 7, 1)
         assert torch.equal(reference.fake_quant(x, *one), reference.fake_quant(x.float(), *one).to(dtype))
-        several = (torch.stack([scale, 2 * scale]), torch.tensor([0.3, 0.7]), [-8, -2], [7, 1], 1)
+        several = (torch.stack([scale, 2 * scale]), torch.tensor([0.3, 0.7]), None, [-8, -2], [7, 1], 1)
         expected = reference.mixed_fake_quant(x.float(), *several).to(dtype)
         assert torch.equal(reference.mixed_fake_quant(x, *several), expected)
 
@@ -73,14 +73,48 @@ class TestMixture:
             p * reference.fake_quant(x, s, None, low, high, 0)
             for p, s, low, high in zip(probs, scales, mins, maxs, strict=True)
         ]
-        assert torch.equal(reference.mixed_fake_quant(x, scales, probs, mins, maxs, 0), terms[0] + terms[1] + terms[2])
+        assert torch.equal(
+            reference.mixed_fake_quant(x, scales, probs, None, mins, maxs, 0), terms[0] + terms[1] + terms[2]
+        )
+
+    @pytest.mark.parametrize("axis", [None, 0, 1, 2], ids=lambda axis: f"axis {axis}")
+    def test_is_the_weighted_sum_of_fake_quant_with_zero_points(self, axis):
+        """Scales are powers of two, as above. The zero points differ between candidates and are no integers."""
+        x, scale, zero_point = _random(axis, torch.float32)
+        scales, probs = torch.stack([scale, 2 * scale]), torch.tensor([0.25, 0.75])
+        zero_points = torch.stack([zero_point, 1 - 2 * zero_point])
+        mins, maxs = [-3, 0], [4, 15]
+        several = (scales, probs, zero_points, mins, maxs, axis)
+        each = list(zip(scales, zero_points, mins, maxs, strict=True))
+        first, second = (p * reference.fake_quant(x, *one, axis) for p, one in zip(probs, each, strict=True))
+        assert torch.equal(reference.mixed_fake_quant(x, *several), first + second)
+
+        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        actual = reference.mixed_fake_quant_backward(grad, x, *several)
+        expected = [reference.fake_quant_backward(grad, x, *one, axis) for one in each]
+        assert torch.equal(actual[0], grad * sum(p * (e[0] != 0) for p, e in zip(probs, expected, strict=True)))
+        for k, (prob, wanted) in enumerate(zip(probs, expected, strict=True)):
+            # Probabilities and scales are powers of two times small integers: only the sums round, in float64.
+            torch.testing.assert_close(actual[1][k], prob * wanted[1], rtol=2e-7, atol=0)
+            torch.testing.assert_close(actual[3][k], prob * wanted[2], rtol=2e-7, atol=0)
+
+    def test_zero_points_of_zero_change_nothing(self):
+        x, scale, _ = _random(1, torch.float32)
+        scales, probs = torch.stack([scale, 2 * scale]), torch.tensor([0.3, 0.7])
+        ranges = ([-2, 0], [1, 7], 1)
+        given = (scales, probs, torch.zeros_like(scales), *ranges)
+        none = (scales, probs, None, *ranges)
+        assert torch.equal(reference.mixed_fake_quant(x, *given), reference.mixed_fake_quant(x, *none))
+        actual, expected = (reference.mixed_fake_quant_backward(x, x, *arguments) for arguments in (given, none))
+        assert all(map(torch.equal, actual[:3], expected[:3]))
+        assert expected[3].shape == (0,)
 
     def test_is_linear_in_the_probabilities(self):
         """The derivative by a probability is the sum of gradient times that candidate's values."""
         x, scale, _ = _random(1, torch.float64)
         grad = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         scales = torch.stack([scale, 0.5 * scale])
-        settings = ([-2, -8], [1, 7], 1)
+        settings = (None, [-2, -8], [1, 7], 1)
         actual = reference.mixed_fake_quant_backward(grad, x, scales, torch.zeros(2).double(), *settings)[2]
         for k in range(2):
             only = torch.eye(2, dtype=torch.float64)[k]
@@ -119,12 +153,27 @@ class TestGradientsByHand:
         scales = torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64, requires_grad=True)
         probs = torch.tensor([0.5, 0.25, 2.0], dtype=torch.float64, requires_grad=True)
         with backend(name):
-            output = ops.mixed_fake_quant(x, scales, probs, [-2, -4, -8], [1, 3, 7], None)
+            output = ops.mixed_fake_quant(x, scales, probs, None, [-2, -4, -8], [1, 3, 7], None)
             output.backward(torch.tensor([3.0], dtype=torch.float64))
         assert output.item() == 0.5 * 0.5 + 0.25 * 0.75 + 2 * 0.875
         assert x.grad.item() == 3 * 2.0
         assert scales.grad.tolist() == [3 * 0.5 * 1, 3 * 0.25 * 3, 0.0]
         assert probs.grad.tolist() == [3 * 0.5, 3 * 0.75, 3 * 0.875]
+
+    def test_mixed_fake_quant_with_zero_points(self):
+        """Grids of -10..5 at scale 1/2, where x = 3 is 6, above; and of 1..16 at 1/4, where it is 12, inside."""
+        x = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+        scales = torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True)
+        probs = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+        zero_points = torch.tensor([2.0, -1.0], dtype=torch.float64, requires_grad=True)
+        with backend("reference"):
+            output = ops.mixed_fake_quant(x, scales, probs, zero_points, [-8, 0], [7, 15], None)
+            output.backward(torch.tensor([3.0], dtype=torch.float64))
+        assert output.item() == 0.5 * 2.5 + 2 * 3.0
+        assert x.grad.item() == 3 * 2.0
+        assert scales.grad.tolist() == [3 * 0.5 * 5, 0.0]
+        assert probs.grad.tolist() == [3 * 2.5, 3 * 3.0]
+        assert zero_points.grad.tolist() == [3 * 0.5 * -0.5, 0.0]
 
 
 class TestGradientsByDifferences:
@@ -178,11 +227,37 @@ class TestGradientsByDifferences:
 
             @staticmethod
             def backward(ctx, grad):
-                return ops.mixed_fake_quant_backward(grad, *ctx.saved_tensors, mins, maxs, axis)
+                return ops.mixed_fake_quant_backward(grad, *ctx.saved_tensors, None, mins, maxs, axis)[:3]
 
         inputs = [v.requires_grad_() for v in (x, scales, probs)]
         with backend(name):
             assert torch.autograd.gradcheck(Surrogate.apply, inputs)
+
+    @pytest.mark.parametrize("axis", [None, 0, 1, 2], ids=lambda axis: f"axis {axis}")
+    def test_mixed_fake_quant_with_zero_points(self, axis):
+        x, scale, zero_point = _random(axis, torch.float64)
+        scales, zero_points = torch.stack([scale, 0.5 * scale]), torch.stack([zero_point, -2 * zero_point])
+        probs = torch.tensor([0.3, 0.7], dtype=torch.float64)
+        mins, maxs = [-2, -3], [1, 4]
+        residuals = [_residual(x / _spread(s, x, axis)) for s in scales]
+        offset_residuals = _residual(zero_points)
+
+        class Surrogate(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, scales, probs, zero_points):
+                ctx.save_for_backward(x, scales, probs, zero_points)
+                offsets = [_spread(z, x, axis) for z in zero_points + offset_residuals]
+                return sum(
+                    p * _smooth(x, _spread(s, x, axis), residual, low - z, high - z)
+                    for p, s, residual, z, low, high in zip(probs, scales, residuals, offsets, mins, maxs, strict=True)
+                )
+
+            @staticmethod
+            def backward(ctx, grad):
+                return reference.mixed_fake_quant_backward(grad, *ctx.saved_tensors, mins, maxs, axis)
+
+        inputs = [v.requires_grad_() for v in (x, scales, probs, zero_points)]
+        assert torch.autograd.gradcheck(Surrogate.apply, inputs)
 
 
 def _random(axis: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
