@@ -6,9 +6,10 @@ error is the yardstick: the operators may be off by twice as much, as low-precis
 a few roundings (`FLOOR`), without which a plain result that happens to be exact would demand the same of them.
 
 The full product of layouts, granularities and sizes would be thousands of combinations. Covered are all pairs of a
-layout and a granularity (`LAYOUTS` x `GRANULARITIES`, at an odd shape), and each size with the granularities that it
-is about (`SIZES`), all of them in four dtypes, without and with zero points, for both families. Interpreted Triton,
-a thousand times slower, gets a few (`INTERPRETED`).
+layout and a granularity (`LAYOUTS` x `GRANULARITIES`, at an odd shape), in two dtypes each such that every layout
+and every granularity meets all four; and each size with the granularities that it is about (`SIZES`), in four dtypes.
+All of it without and with zero points, for both families. Interpreted Triton, a thousand times slower, gets a few
+(`INTERPRETED`).
 """
 
 import functools
@@ -31,8 +32,9 @@ LARGEST = 10
 # off by three roundings of 2^-9, 0.06 for the largest in range, so no computation here rounds a value the other way.
 MARGIN = 0.07
 # Roundings beyond twice the error of the plain formula, relative to the largest result or to the sum of the absolute
-# values of the terms: of the result to its dtype, of products with parameters, of partial sums.
-FLOOR = 4
+# values of the terms: of the result to its dtype, of products with parameters, of partial sums; and as many of what
+# they are compared with, which is no more exact than the operators for inputs in float64.
+FLOOR = 8
 RESULTS = ("result", "gradient of x", "of the scales", "of the zero points", "of the probabilities")
 
 
@@ -116,11 +118,12 @@ SIZES = {
     "no groups": Case((0, 32), {"group_size": 32}),
     "transposed, in groups": Case((16, 12), {"group_size": 4}, transposed),
 }
-CASES = SIZES | {
+PAIRS = {
     f"{layout}, {granularity}": Case((3, 5, 7, 6), GRANULARITIES[granularity], *LAYOUTS[layout])
     for layout in LAYOUTS
     for granularity in GRANULARITIES
 }
+CASES = SIZES | PAIRS
 INTERPRETED = (
     *("17 values", "depthwise weight", "channels last, in a row longer than a vector", "groups of 32"),
     *("permuted, axis 1", "channels_last, its gradient sliced, axis -1", "sliced, per tensor"),
@@ -132,11 +135,20 @@ def _runs() -> list:
     names = [name for name in ("cpu", "reference") if backends.unavailable(name) is None]
     if torch.cuda.is_available():
         names += [name for name in ("cuda", "triton") if backends.unavailable(name) is None]
-    runs = [(name, case, dtype) for case in CASES for dtype in DTYPES for name in names]
+    runs = [(name, case, dtype) for case in SIZES for dtype in DTYPES for name in names]
+    for index, case in enumerate(PAIRS):
+        # Rows of six pairs: the second term moves the dtypes on from layout to layout.
+        first = index + index // len(GRANULARITIES)
+        runs += [(name, case, list(DTYPES)[(first + step) % 4]) for step in (0, 2) for name in names]
     if not torch.cuda.is_available() and backends.unavailable("triton") is None:
         # The interpreter's bfloat16 truncates where the definition rounds.
         runs += [("triton", case, dtype) for case in INTERPRETED for dtype in ("float32", "float16")]
     return [pytest.param(*run, id="-".join(run)) for run in runs]
+
+
+def test_every_layout_and_granularity_meets_every_dtype():
+    met = {(part, run.values[2]) for run in _runs() if run.values[1] in PAIRS for part in run.values[1].rsplit(", ", 1)}
+    assert met == {(part, dtype) for part in (*LAYOUTS, *GRANULARITIES) for dtype in DTYPES}
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # of NumPy, in the interpreter
@@ -230,15 +242,15 @@ def _problem(name: str, dtype: str, candidates: int, with_offset: bool) -> Probl
 
 def _away_from_ties(case: Case, scales: Tensor, candidates: int, generator: torch.Generator) -> Tensor:
     """Values in and out of the ranges, drawn again until none is within `MARGIN` of a kink for any candidate."""
-    x = torch.zeros(case.shape, dtype=scales.dtype)  # in the middle of a step
-    near = torch.ones(case.shape, dtype=torch.bool)
-    spread = _spread(case, scales.double(), candidates)
+    steps = _spread(case, scales.double(), candidates).reshape(candidates, -1)
+    x = torch.empty(steps.shape[1], dtype=scales.dtype)
+    left = torch.arange(x.numel())
     for _ in range(100):
-        x = torch.where(near, (1.5 * torch.randn(case.shape, generator=generator)).to(x.dtype), x)
-        halves = 2 * x.double() / spread
-        near = ((halves - halves.round()).abs() < 2 * MARGIN).any(0)
-        if not near.any():
-            return x
+        x[left] = (1.5 * torch.randn(left.numel(), generator=generator)).to(x.dtype)
+        halves = 2 * x[left].double() / steps[:, left]
+        left = left[((halves - halves.round()).abs() < 2 * MARGIN).any(0)]
+        if left.numel() == 0:
+            return x.reshape(case.shape)
     raise AssertionError("no values away from the ties of all candidates")
 
 
