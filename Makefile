@@ -24,6 +24,8 @@ CXX_SOURCES := $(filter csrc/%,$(SOURCES))
 INSTALLED := $(addprefix $(VENV)/,build.stamp demo.stamp test.stamp)
 
 SANITIZED := build/sanitized
+# With the C++ library, whose exceptions it watches: Python itself has not loaded that one.
+SANITIZER_RUNTIME = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
 
 # Two goals at once would build in the same folders.
 .NOTPARALLEL:
@@ -42,9 +44,9 @@ test: $(VENV)/test.stamp  ## Run the tests.
 # its sanitizers' runtime the library would not load, which ASGA_BACKEND=cpu makes an error. ASGA_CPU_ISA=baseline
 # (or avx2, avx512) chooses other loops than those for the widest vectors here.
 sanitize: $(VENV)/sanitize.stamp  ## Run the tests of the operators under AddressSanitizer and UBSan.
-	cd $(SANITIZED) && ASGA_BACKEND=cpu LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) \
+	cd $(SANITIZED) && ASGA_BACKEND=cpu LD_PRELOAD="$(SANITIZER_RUNTIME)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(abspath $(BIN))/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests/ops $(PYTEST)
+	$(abspath $(BIN))/python -m pytest --capture=sys -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests/ops $(PYTEST)
 
 build: $(VENV)/build.stamp  ## Install the package into .venv in editable mode, compiled libraries included.
 

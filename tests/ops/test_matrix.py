@@ -151,6 +151,7 @@ def test_every_layout_and_granularity_meets_every_dtype():
     assert met == {(part, dtype) for part in (*LAYOUTS, *GRANULARITIES) for dtype in DTYPES}
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("with_offset", [False, True], ids=["symmetric", "offset"])
 @pytest.mark.parametrize(("name", "case", "dtype"), _runs())
