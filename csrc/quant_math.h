@@ -44,10 +44,11 @@ ASGA_HD T clamp_propagate_nan(T x, T low, T high) {
 template <typename T>
 struct Quantized {
   T scaled, clamped, rounded;
-  // In range before rounding, bounds included (LSQ's mask). NaN is outside.
-  ASGA_HD auto inside() const { return scaled == clamped; }
+  // `value`, or zero, where x is in range before rounding, bounds included (LSQ's mask). NaN is outside.
+  ASGA_HD T if_inside(T value) const { return scaled == clamped ? value : T{}; }
+  ASGA_HD T if_outside(T value) const { return scaled == clamped ? T{} : value; }
   // d(output)/d(scale): round(v) - v inside, the bound outside.
-  ASGA_HD T scale_term() const { return rounded - (inside() ? scaled : T{}); }
+  ASGA_HD T scale_term() const { return rounded - if_inside(scaled); }
 };
 
 template <typename T>

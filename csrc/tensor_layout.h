@@ -12,17 +12,12 @@
 #include <optional>
 #include <vector>
 
+#include "channel_layout.h"
+
 namespace asga {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Element (o, c, i) of a dense tensor lies at (o * channels + c) * inner + i, whatever the order of its
-// dimensions.
-struct ChannelLayout {
-  int64_t outer, channels, inner;
-  int64_t numel() const { return outer * channels * inner; }
-};
 
 // True if the elements fill their memory without gaps or overlaps, in any order of the dimensions.
 inline bool is_dense(const Tensor& tensor) {

@@ -44,41 +44,35 @@ inline void prefer_huge_pages(const Tensor& result) {
 #endif
 }
 
-inline Work plan_work(const ChannelLayout& layout) { return plan_work(layout.outer, layout.channels, layout.inner); }
+// Hands the tasks of a sweep to torch's threads. `effort` is how much work a value is, 1 for a single quantizer.
+struct Threads {
+  int effort;
 
-// Give every thread at least 32,768 values: about ten microseconds of work, the cost of waking a thread.
-template <typename Run>
-void for_each_piece(const Work& work, const Run& run) {
-  const int64_t values = work.columns ? work.step * work.width : (work.width < work.step ? work.width : work.step);
-  const int64_t grain = ceil_div(32768, values > 0 ? values : 1);
-  if (work.pieces <= grain) return run(0, work.pieces);
-  torch::stable::parallel_for(0, work.pieces, grain, run);
-}
-
-// One value per column of a row of `channels * inner` values, from one per channel (columns mode of Work).
-template <typename compute>
-std::vector<compute> repeat_per_column(const std::vector<compute>& per_channel, int64_t width) {
-  const int64_t channels = per_channel.size(), inner = width / channels;
-  std::vector<compute> columns(width);
-  for (int64_t j = 0; j < width; ++j) columns[j] = per_channel[j / inner];
-  return columns;
-}
-
-// Sum the `terms` numbers of every piece, in the order of the pieces, per channel: [terms, channels].
-inline std::vector<double> sum_per_channel(const Work& work, const std::vector<double>& sums, int64_t terms) {
-  std::vector<double> totals(terms * work.channels, 0.0);
-  for (int64_t index = 0; index < work.pieces; ++index) {
-    if (work.columns) {
-      const int64_t inner = work.width / work.channels;
-      const double* piece = sums.data() + index * terms * work.width;
-      for (int64_t t = 0; t < terms; ++t)
-        for (int64_t j = 0; j < work.width; ++j) totals[t * work.channels + j / inner] += piece[t * work.width + j];
-    } else {
-      const int64_t channel = (index / work.pieces_per_row) % work.channels;
-      for (int64_t t = 0; t < terms; ++t) totals[t * work.channels + channel] += sums[index * terms + t];
-    }
+  template <typename Run>
+  void operator()(const Work& work, const Run& run) const {
+    const int64_t tasks = work.tasks();
+    if (tasks == 0) return;
+    // Values of a thread: about ten microseconds of work, the cost of waking it.
+    constexpr int64_t kLeast = 32768;
+    const int64_t values = ceil_div(work.layout.numel(), tasks) * effort, grain = ceil_div(kLeast, values);
+    if (tasks <= grain) return run(0, tasks);
+    torch::stable::parallel_for(0, tasks, grain, run);
   }
-  return totals;
+};
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 }  // namespace asga

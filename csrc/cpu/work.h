@@ -1,55 +1,78 @@
-// How a dense tensor with channels, [outer, channels, inner] in memory order, is cut into pieces of work. The borders
-// depend on the sizes alone, never on the number of threads: sums are added within a piece, then over the pieces in
+// How a dense tensor with channels, [outer, channels, inner] in memory order, is cut into tasks for threads. The cuts
+// depend on the sizes alone, never on the number of threads: sums are added within a task, then over the tasks in
 // order, so they have the same bits on every run.
 #pragma once
 
 #include <stdint.h>
 
-namespace asga {
+#include "../channel_layout.h"
 
-struct Work {
-  // Rows: a row is `inner` values of one channel; there are `rows` = outer * channels of them, and a long row is cut
-  // every `step` values.
-  // Columns: where `inner` is too short for a vector, a row is `channels * inner` values whose channels change along
-  // the vector; there are `rows` = outer of them, cut into blocks of `step` rows. Parameters then come one per column.
-  bool columns;
-  int64_t channels, rows, width, step, pieces_per_row, pieces;
-};
+namespace asga {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline Work plan_work(int64_t outer, int64_t channels, int64_t inner) {
+// A line is what has one grid and one set of sums: a channel, or a column where a channel's values are too few in a
+// row for a vector. A task is a block of neighboring lines for a range of units.
+//
+// Rows: a unit is a piece of `width` values (the last of a row has less) in the row of every channel of the block.
+// Columns: a unit is a row of `width` values whose channels change along the vector. Where channels * inner is narrow,
+// several such rows are taken as one, so that it holds whole vectors; the last row can be short then.
+struct Work {
+  bool columns;
+  ChannelLayout layout;
+  int64_t width, units, lines, block, blocks, slots;
+
+  int64_t tasks() const { return blocks * slots; }
+  int64_t pieces_per_row() const { return columns ? 1 : ceil_div(layout.inner, width); }
+  int64_t channel_of(int64_t line) const { return columns ? line / layout.inner % layout.channels : line; }
+};
+
+// The task with a number: tasks of neighboring numbers work on neighboring memory.
+struct Task {
+  int64_t slot, first_line, last_line, first_unit, last_unit;
+};
+
+inline __attribute__((always_inline)) Task task_of(const Work& work, int64_t index) {
+  const int64_t slot = index / work.blocks, first = (index - slot * work.blocks) * work.block;
+  const int64_t last = first + work.block < work.lines ? first + work.block : work.lines;
+  return {slot, first, last, work.units * slot / work.slots, work.units * (slot + 1) / work.slots};
+}
+
+inline Work plan_work(const ChannelLayout& layout) {
   // 8,192 values: 32 KiB of float32, well inside L2 with the gradient beside it, and short enough that float32 sums
   // of 512 values a lane lose nothing that matters.
   constexpr int64_t kPiece = 8192;
-  // Below half a vector, tails would waste more lanes than they use.
-  constexpr int64_t kShortestRow = 8;
-  if (channels > 1 && outer > 1 && inner < kShortestRow) {
-    const int64_t width = channels * inner;
-    const int64_t step = width >= kPiece ? 1 : ceil_div(kPiece, width);
-    // Every piece has sums of its own for every column: at most 256 of them bound the workspace.
-    const int64_t bounded = step > ceil_div(outer, 256) ? step : ceil_div(outer, 256);
-    return {true, channels, outer, width, bounded, 1, ceil_div(outer, bounded)};
-  }
-  const int64_t pieces_per_row = ceil_div(inner, kPiece);
-  return {false, channels, outer * channels, inner, kPiece, pieces_per_row, outer * channels * pieces_per_row};
-}
-
-// One piece of work: where it starts and how many values (rows mode) or rows (columns mode) it has.
-struct Piece {
-  int64_t offset, count, channel;
-};
-
-inline __attribute__((always_inline)) Piece piece_of(const Work& work, int64_t index) {
+  // Threads are fed from this many tasks, and every slot has sums of its own: few enough to need no memory.
+  constexpr int64_t kTasks = 64;
+  // In shorter rows, tails would waste more lanes than they use. Columns pay for that with sums for every one of them,
+  // so they must be long.
+  constexpr int64_t kShortestRow = 8, kShortestColumn = 64, kVector = 16;
+  const auto [outer, channels, inner] = layout;
+  Work work{channels > 1 && inner < kShortestRow && outer >= kShortestColumn, layout};
   if (work.columns) {
-    const int64_t first = index * work.step;
-    const int64_t left = work.rows - first;
-    return {first * work.width, left < work.step ? left : work.step, 0};
+    // Enough rows at once to make whole vectors, unless that needs large tables.
+    constexpr int64_t kWidestRepeat = 2048;
+    int64_t repeat = 1, row = channels * inner;
+    while (row * repeat % kVector != 0) repeat *= 2;
+    if (outer < kShortestColumn * repeat || row * repeat > kWidestRepeat) repeat = 1;
+    work.width = work.lines = row * repeat;
+    work.units = ceil_div(outer, repeat);
+    work.block = 256;
+  } else {
+    work.width = kPiece;
+    work.units = outer * ceil_div(inner, kPiece);
+    work.lines = channels;
+    // Short rows of neighboring channels go together, for the sake of long accesses.
+    work.block = inner < 1024 ? ceil_div(1024, inner > 0 ? inner : 1) : 1;
   }
-  const int64_t row = index / work.pieces_per_row;
-  const int64_t first = (index % work.pieces_per_row) * work.step;
-  const int64_t left = work.width - first;
-  return {row * work.width + first, left < work.step ? left : work.step, row % work.channels};
+  if (work.block > work.lines) work.block = work.lines > 0 ? work.lines : 1;
+  work.blocks = ceil_div(work.lines, work.block);
+  work.slots = work.blocks > 0 ? ceil_div(kTasks, work.blocks) : 1;
+  // Sums of less than 128 values would be too much memory.
+  const int64_t most = work.lines > 0 ? layout.numel() / work.lines / 128 : 1;
+  if (work.slots > most) work.slots = most > 0 ? most : 1;
+  if (work.slots > work.units) work.slots = work.units > 0 ? work.units : 1;
+  return work;
 }
 
 }  // namespace asga

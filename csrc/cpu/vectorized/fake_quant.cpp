@@ -1,137 +1,125 @@
 #include "fake_quant.h"
 
-#include "lanes.h"
+#include "sweep.h"
 
 namespace asga {
 namespace {
 
-// Sixteen values with the parameters of their grids.
+// The parameters of a pack, in registers.
 template <typename V>
-struct LaneGrids {
-  V scale, low, high;
-};
+struct PackGrids {
+  V scale[kRegisters<V>], low[kRegisters<V>], high[kRegisters<V>];
 
-template <typename V>
-struct LaneSums {
-  V scale, outside;
-};
-
-// The inner loops: `vectors` times sixteen values, `stride` apart, on the same grids.
-template <typename scalar_t>
-void forward_strip(const scalar_t* input, scalar_t* output, int64_t vectors, int64_t stride,
-                   const LaneGrids<vector_t<scalar_t>>& grids) {
-  using V = vector_t<scalar_t>;
-  const LaneGrids<V> local = grids;  // no store can alias it
-  for (int64_t i = 0; i < vectors; ++i, input += stride, output += stride)
-    store(output, quantize(load(input) / local.scale, local.low, local.high).rounded * local.scale);
-}
-
-template <typename scalar_t>
-void backward_strip(const scalar_t* grad, const scalar_t* input, scalar_t* grad_input, int64_t vectors, int64_t stride,
-                    const LaneGrids<vector_t<scalar_t>>& grids, LaneSums<vector_t<scalar_t>>& sums) {
-  using V = vector_t<scalar_t>;
-  const LaneGrids<V> local = grids;
-  LaneSums<V> total = sums;
-  for (int64_t i = 0; i < vectors; ++i, grad += stride, input += stride, grad_input += stride) {
-    const V g = load(grad);
-    const Quantized<V> value = quantize(load(input) / local.scale, local.low, local.high);
-    const auto inside = value.inside();
-    store(grad_input, inside ? g : V{});
-    total.scale += g * value.scale_term();
-    total.outside += inside ? V{} : g;
+  template <bool kColumns, typename compute>
+  static ASGA_INLINE PackGrids load(const Grids<compute>& grids, int64_t line) {
+    PackGrids pack;
+    for (int r = 0; r < kRegisters<V>; ++r) {
+      pack.scale[r] = parameter<kColumns, V>(grids.scale + line, r);
+      pack.low[r] = parameter<kColumns, V>(grids.low + line, r);
+      pack.high[r] = parameter<kColumns, V>(grids.high + line, r);
+    }
+    return pack;
   }
-  sums = total;
-}
+};
 
-// The grids of `count` <= 16 neighboring columns, or of one channel in all lanes (count = 0).
-template <typename V, typename compute>
-LaneGrids<V> lane_grids(const Grids<compute>& grids, int64_t first, int64_t count) {
-  if (count == 0) return {V{} + grids.scale[first], V{} + grids.low[first], V{} + grids.high[first]};
-  return {load_tail(grids.scale + first, count), load_tail(grids.low + first, count),
-          load_tail(grids.high + first, count)};
-}
+template <typename scalar_t, bool kColumns, bool kPastCaches>
+struct Forward {
+  using V = vector_t<scalar_t>;
+  const Grids<compute_t<scalar_t>>& grids;
+  const scalar_t* input;
+  scalar_t* output;
 
-// `count` < 16 values through a strip, by way of full vectors on the stack.
-template <typename scalar_t>
-void forward_tail(const scalar_t* input, scalar_t* output, int64_t count, const LaneGrids<vector_t<scalar_t>>& grids) {
-  scalar_t x[kLanes], y[kLanes];
-  copy_tail(x, input, count);
-  forward_strip(x, y, 1, kLanes, grids);
-  memcpy(output, y, count * sizeof(scalar_t));
-}
+  ASGA_INLINE void packs(int64_t line, int64_t offset, int64_t count, int64_t stride) const {
+    const auto pack = PackGrids<V>::template load<kColumns>(grids, line);
+    const scalar_t* x = input + offset;
+    scalar_t* y = output + offset;
+    for (int64_t i = 0; i < count; ++i, x += stride, y += stride)
+      for (int r = 0; r < kRegisters<V>; ++r)
+        store<kPastCaches>(y + r * kWidth<V>, value(load(x + r * kWidth<V>), pack, r));
+  }
 
-template <typename scalar_t>
-void backward_tail(const scalar_t* grad, const scalar_t* input, scalar_t* grad_input, int64_t count,
-                   const LaneGrids<vector_t<scalar_t>>& grids, LaneSums<vector_t<scalar_t>>& sums) {
-  scalar_t g[kLanes] = {}, x[kLanes], dx[kLanes];
-  memcpy(g, grad, count * sizeof(scalar_t));
-  copy_tail(x, input, count);
-  backward_strip(g, x, dx, 1, kLanes, grids, sums);
-  memcpy(grad_input, dx, count * sizeof(scalar_t));
-}
+  ASGA_INLINE void tail(int64_t line, int64_t offset, int count) const {
+    const auto pack = PackGrids<V>::template load<kColumns>(grids, line);
+    for_each_part<V>(count, [&](int r, int some) {
+      const int64_t at = offset + r * kWidth<V>;
+      store_some(output + at, value(load_some(input + at, some), pack, r), some);
+    });
+  }
+
+  ASGA_INLINE void add_sums(int64_t, int64_t, int64_t) const {}
+
+ private:
+  static ASGA_INLINE V value(V x, const PackGrids<V>& pack, int r) {
+    return quantize(x / pack.scale[r], pack.low[r], pack.high[r]).rounded * pack.scale[r];
+  }
+};
+
+template <typename scalar_t, bool kColumns, bool kPastCaches, int kTerms>
+struct Backward {
+  using V = vector_t<scalar_t>;
+  const Grids<compute_t<scalar_t>>& grids;
+  const scalar_t *grad, *input;
+  scalar_t* grad_input;
+  double* sums;
+  int64_t lines;
+  V terms[kTerms][kRegisters<V>] = {};
+
+  ASGA_INLINE void packs(int64_t line, int64_t offset, int64_t count, int64_t stride) {
+    const auto pack = PackGrids<V>::template load<kColumns>(grids, line);
+    const scalar_t *g = grad + offset, *x = input + offset;
+    scalar_t* dx = grad_input + offset;
+    V local[kTerms][kRegisters<V>];  // no store can alias it
+    memcpy(local, terms, sizeof local);
+    for (int64_t i = 0; i < count; ++i, g += stride, x += stride, dx += stride)
+      for (int r = 0; r < kRegisters<V>; ++r)
+        store<kPastCaches>(dx + r * kWidth<V>,
+                           value(load(g + r * kWidth<V>), load(x + r * kWidth<V>), pack, r, local));
+    memcpy(terms, local, sizeof local);
+  }
+
+  ASGA_INLINE void tail(int64_t line, int64_t offset, int count) {
+    const auto pack = PackGrids<V>::template load<kColumns>(grids, line);
+    for_each_part<V>(count, [&](int r, int some) {
+      const int64_t at = offset + r * kWidth<V>;
+      const V g = keep_some(load_some(grad + at, some), some);
+      store_some(grad_input + at, value(g, load_some(input + at, some), pack, r, terms), some);
+    });
+  }
+
+  ASGA_INLINE void add_sums(int64_t slot, int64_t line, int64_t count) {
+    double* to = sums + slot * kTerms * lines + line;
+    for (int t = 0; t < kTerms; ++t) add_terms<kColumns>(to + t * lines, terms[t], count);
+    memset(terms, 0, sizeof terms);
+  }
+
+ private:
+  static ASGA_INLINE V value(V g, V x, const PackGrids<V>& pack, int r, V (&terms)[kTerms][kRegisters<V>]) {
+    const Quantized<V> q = quantize(x / pack.scale[r], pack.low[r], pack.high[r]);
+    terms[0][r] += g * q.scale_term();
+    if constexpr (kTerms == 2) terms[1][r] += q.if_outside(g);
+    return q.if_inside(g);
+  }
+};
 
 template <typename scalar_t>
 void forward(const Work& work, const Grids<compute_t<scalar_t>>& grids, const scalar_t* input, scalar_t* output,
-             int64_t begin, int64_t end) {
-  using V = vector_t<scalar_t>;
-  for (int64_t index = begin; index < end; ++index) {
-    const Piece piece = piece_of(work, index);
-    const scalar_t* x = input + piece.offset;
-    scalar_t* y = output + piece.offset;
-    if (!work.columns) {
-      const LaneGrids<V> lanes = lane_grids<V>(grids, piece.channel, 0);
-      const int64_t whole = piece.count / kLanes * kLanes;
-      forward_strip(x, y, whole / kLanes, kLanes, lanes);
-      if (whole < piece.count) forward_tail(x + whole, y + whole, piece.count - whole, lanes);
-      continue;
-    }
-    for (int64_t j = 0; j < work.width; j += kLanes) {
-      const int64_t count = work.width - j < kLanes ? work.width - j : kLanes;
-      const LaneGrids<V> lanes = lane_grids<V>(grids, j, count);
-      if (count == kLanes)
-        forward_strip(x + j, y + j, piece.count, work.width, lanes);
-      else
-        for (int64_t row = 0; row < piece.count; ++row)
-          forward_tail(x + j + row * work.width, y + j + row * work.width, count, lanes);
-    }
-  }
+             bool past_caches, int64_t begin, int64_t end) {
+  sweep(work, past_caches, output, begin, end, [&](auto columns, auto past) {
+    return Forward<scalar_t, columns.value, past.value>{grids, input, output};
+  });
 }
 
 template <typename scalar_t>
 void backward(const Work& work, const Grids<compute_t<scalar_t>>& grids, const scalar_t* grad, const scalar_t* input,
-              scalar_t* grad_input, double* piece_sums, int64_t begin, int64_t end) {
-  using V = vector_t<scalar_t>;
-  for (int64_t index = begin; index < end; ++index) {
-    const Piece piece = piece_of(work, index);
-    const scalar_t *g = grad + piece.offset, *x = input + piece.offset;
-    scalar_t* dx = grad_input + piece.offset;
-    double* out = piece_sums + index * 2 * (work.columns ? work.width : 1);
-    if (!work.columns) {
-      const LaneGrids<V> lanes = lane_grids<V>(grids, piece.channel, 0);
-      LaneSums<V> sums = {};
-      const int64_t whole = piece.count / kLanes * kLanes;
-      backward_strip(g, x, dx, whole / kLanes, kLanes, lanes, sums);
-      if (whole < piece.count) backward_tail(g + whole, x + whole, dx + whole, piece.count - whole, lanes, sums);
-      out[0] = sum_lanes(sums.scale);
-      out[1] = sum_lanes(sums.outside);
-      continue;
-    }
-    for (int64_t j = 0; j < work.width; j += kLanes) {
-      const int64_t count = work.width - j < kLanes ? work.width - j : kLanes;
-      const LaneGrids<V> lanes = lane_grids<V>(grids, j, count);
-      for (int64_t first = 0; first < piece.count; first += kLongestSum) {
-        const int64_t rows = piece.count - first < kLongestSum ? piece.count - first : kLongestSum;
-        LaneSums<V> sums = {};
-        int64_t at = j + first * work.width;
-        if (count == kLanes)
-          backward_strip(g + at, x + at, dx + at, rows, work.width, lanes, sums);
-        else
-          for (int64_t row = 0; row < rows; ++row, at += work.width)
-            backward_tail(g + at, x + at, dx + at, count, lanes, sums);
-        add_sums(out + j, sums.scale, count);
-        add_sums(out + work.width + j, sums.outside, count);
-      }
-    }
+              scalar_t* grad_input, int terms, double* sums, bool past_caches, int64_t begin, int64_t end) {
+  if (terms == 1) {
+    sweep(work, past_caches, grad_input, begin, end, [&](auto columns, auto past) {
+      return Backward<scalar_t, columns.value, past.value, 1>{grids, grad, input, grad_input, sums, work.lines};
+    });
+  } else {
+    sweep(work, past_caches, grad_input, begin, end, [&](auto columns, auto past) {
+      return Backward<scalar_t, columns.value, past.value, 2>{grids, grad, input, grad_input, sums, work.lines};
+    });
   }
 }
 

@@ -1,6 +1,7 @@
-// Sixteen values at a time, whatever the instruction set: GCC and Clang lower these vector types to AVX-512, to two
-// AVX2 registers, or to SSE2 / NEON. The number of lanes is part of the result (it fixes the order of additions), so
-// it does not depend on the processor: every machine computes the same bits.
+// Vector registers, whatever the instruction set: GCC and Clang lower these vector types to AVX-512, AVX2, or SSE2 /
+// NEON. They have the width of a register: of wider ones the compiler takes selects and comparisons apart, value by
+// value. Sixteen values make a pack, in one register or several. A pack's lanes are part of the result (they fix the
+// order of additions), so their number does not depend on the processor: every machine computes the same bits.
 //
 // This folder is compiled once per instruction set with ASGA_ISA set to its name. Everything in it has internal
 // linkage or lives in that namespace: a function that two objects shared could be linked in its AVX-512 version and
@@ -13,33 +14,37 @@
 #include "../../quant_math.h"
 #include "../storage.h"
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#define ASGA_INLINE inline __attribute__((always_inline))
 
 namespace asga {
 namespace {
 
 constexpr int kLanes = 16;
 
-// Float32 sums go on in double after this many additions: their error stays near that of one addition.
-constexpr int64_t kLongestSum = 512;
-
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
-typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-
-#define ASGA_INLINE inline __attribute__((always_inline))
-
-// A loop over candidates: with 32 registers all of its constants stay in them; with 16 they come from memory anyway,
-// and unrolling would only make the compilation three times longer.
 #if defined(__AVX512F__)
-#define ASGA_UNROLL _Pragma("GCC unroll 8")
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
 #else
-#define ASGA_UNROLL _Pragma("GCC unroll 1")
+constexpr int kRegisterBytes = 16;
 #endif
+
+typedef float Floats __attribute__((vector_size(kRegisterBytes)));
+typedef double Doubles __attribute__((vector_size(kRegisterBytes)));
+
+template <typename V>
+constexpr int kWidth = sizeof(V) / sizeof(V{}[0]);
+// Registers of a pack.
+template <typename V>
+constexpr int kRegisters = kLanes / kWidth<V>;
+
+// As many 32-bit and 16-bit integers as `Floats` has floats.
+typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kRegisterBytes / 2)));
 
 // The vector of the type that the arithmetic on a storage type runs in.
 template <typename compute>
@@ -107,69 +112,172 @@ ASGA_INLINE Floats load(const BFloat16* from) {
 }
 
 ASGA_INLINE Floats load(const Half* from) {
-  Floats value;
 #if defined(__AVX512F__)
-  value = reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__F16C__)
-  const __m256 parts[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
-                           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)))};
-  memcpy(&value, parts, sizeof value);
+  return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
-  for (int lane = 0; lane < kLanes; ++lane) value[lane] = half_to_float(from[lane].bits);
-#endif
+  Floats value;
+  for (int lane = 0; lane < kWidth<Floats>; ++lane) value[lane] = half_to_float(from[lane].bits);
   return value;
+#endif
 }
 
-ASGA_INLINE void store(float* to, Floats value) { memcpy(to, &value, sizeof value); }
-ASGA_INLINE void store(double* to, Doubles value) { memcpy(to, &value, sizeof value); }
+// Values as they lie in memory: what `store` writes.
+ASGA_INLINE Floats narrow(const float*, Floats value) { return value; }
+ASGA_INLINE Doubles narrow(const double*, Doubles value) { return value; }
 
-ASGA_INLINE void store(BFloat16* to, Floats value) {
+ASGA_INLINE Halves narrow(const BFloat16*, Floats value) {
   const Words bits = reinterpret_cast<Words>(value);
   const Words rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
-  const Words quiet_nan = Words{} + 0x7fc0u;
-  const Halves narrow = __builtin_convertvector(value == value ? rounded : quiet_nan, Halves);
-  memcpy(to, &narrow, sizeof narrow);
-}
-
-ASGA_INLINE void store(Half* to, Floats value) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_cvtps_ph(reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-  __m256 parts[2];
-  memcpy(parts, &value, sizeof value);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(parts[0], _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8), _mm256_cvtps_ph(parts[1], _MM_FROUND_TO_NEAREST_INT));
+  const Words kept = value == value ? rounded : Words{} + 0x7fc0u;  // one NaN for all of them
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // GCC 12 would take this conversion apart.
+  const __m256i words = reinterpret_cast<__m256i>(kept);
+  return reinterpret_cast<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 #else
-  for (int lane = 0; lane < kLanes; ++lane) to[lane].bits = float_to_half(value[lane]);
+  return __builtin_convertvector(kept, Halves);
 #endif
 }
 
-// The last `count` < 16 values of a row as a full vector: the missing lanes repeat the first value, so that they never
-// produce a NaN or an infinity that the row does not have.
-template <typename scalar_t>
-ASGA_INLINE void copy_tail(scalar_t* to, const scalar_t* from, int64_t count) {
-  for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = from[lane < count ? lane : 0];
+ASGA_INLINE Halves narrow(const Half*, Floats value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Halves>(_mm512_cvtps_ph(reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return reinterpret_cast<Halves>(_mm256_cvtps_ph(reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+  Halves bits;
+  for (int lane = 0; lane < kWidth<Floats>; ++lane) bits[lane] = float_to_half(value[lane]);
+  return bits;
+#endif
 }
 
+// Past the caches, for results that are too large to be found in them again. `to` lies on a multiple of the size of the
+// value. A fence has to follow before another thread reads.
+template <typename Value>
+ASGA_INLINE void write_past_caches(void* to, Value value) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(Value) == 8) {
+    _mm_stream_si64(static_cast<long long*>(to), reinterpret_cast<long long>(value));
+    return;
+  } else if constexpr (sizeof(Value) == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(to), reinterpret_cast<__m128i>(value));
+  }
+#if defined(__AVX2__)
+  else if constexpr (sizeof(Value) == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(to), reinterpret_cast<__m256i>(value));
+  }
+#endif
+#if defined(__AVX512F__)
+  else {
+    return _mm512_stream_si512(static_cast<__m512i*>(to), reinterpret_cast<__m512i>(value));
+  }
+#endif
+#endif
+  memcpy(to, &value, sizeof value);
+}
+
+ASGA_INLINE void fence_writes() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+template <bool kPastCaches = false, typename scalar_t, typename V>
+ASGA_INLINE void store(scalar_t* to, V value) {
+  const auto bits = narrow(to, value);
+  if constexpr (kPastCaches)
+    write_past_caches(to, bits);
+  else
+    memcpy(to, &bits, sizeof bits);
+}
+
+// The first `count` < width values; the other lanes repeat the first of them, so that they never produce a NaN or an
+// infinity that the row does not have.
 template <typename scalar_t>
-ASGA_INLINE vector_t<scalar_t> load_tail(const scalar_t* from, int64_t count) {
-  scalar_t lanes[kLanes];
-  copy_tail(lanes, from, count);
+ASGA_INLINE vector_t<scalar_t> load_some(const scalar_t* from, int count) {
+  constexpr int kCount = kWidth<vector_t<scalar_t>>;
+  scalar_t lanes[kCount];
+  for (int lane = 0; lane < kCount; ++lane) lanes[lane] = from[lane < count ? lane : 0];
   return load(lanes);
 }
 
-// Sum of the lanes in double, always in the same order.
+template <typename scalar_t, typename V>
+ASGA_INLINE void store_some(scalar_t* to, V value, int count) {
+  const auto bits = narrow(to, value);
+  scalar_t lanes[kWidth<V>];
+  memcpy(lanes, &bits, sizeof bits);
+  for (int lane = 0; lane < count; ++lane) to[lane] = lanes[lane];
+}
+
+#if defined(__AVX512F__)
+ASGA_INLINE Floats load_some(const float* from, int count) {
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1u);
+  return reinterpret_cast<Floats>(_mm512_mask_loadu_ps(_mm512_set1_ps(*from), mask, from));
+}
+
+ASGA_INLINE void store_some(float* to, Floats value, int count) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1u), reinterpret_cast<__m512>(value));
+}
+#elif defined(__AVX2__)
+ASGA_INLINE __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+ASGA_INLINE Floats load_some(const float* from, int count) {
+  const __m256i mask = first_lanes(count);
+  const __m256 loaded = _mm256_maskload_ps(from, mask);
+  return reinterpret_cast<Floats>(_mm256_blendv_ps(_mm256_set1_ps(*from), loaded, _mm256_castsi256_ps(mask)));
+}
+
+ASGA_INLINE void store_some(float* to, Floats value, int count) {
+  _mm256_maskstore_ps(to, first_lanes(count), reinterpret_cast<__m256>(value));
+}
+#endif
+
+// `value` in the first `count` lanes, zero in the others.
 template <typename V>
-ASGA_INLINE double sum_lanes(V value) {
-  double total = 0.0;
-  for (int lane = 0; lane < kLanes; ++lane) total += static_cast<double>(value[lane]);
-  return total;
+ASGA_INLINE V keep_some(V value, int count) {
+  for (int lane = count; lane < kWidth<V>; ++lane) value[lane] = 0;
+  return value;
+}
+
+#if defined(__AVX512F__)
+ASGA_INLINE Floats keep_some(Floats value, int count) {
+  return reinterpret_cast<Floats>(
+      _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << count) - 1u), reinterpret_cast<__m512>(value)));
+}
+#elif defined(__AVX2__)
+ASGA_INLINE Floats keep_some(Floats value, int count) {
+  return reinterpret_cast<Floats>(
+      _mm256_and_ps(_mm256_castsi256_ps(first_lanes(count)), reinterpret_cast<__m256>(value)));
+}
+#endif
+
+// The parameter of a pack: one for all of its lanes, or a column of a table for each.
+template <bool kColumns, typename V, typename compute>
+ASGA_INLINE V parameter(const compute* table, int part) {
+  if constexpr (kColumns)
+    return load(table + part * kWidth<V>);
+  else
+    return V{} + *table;
+}
+
+// Sum of the lanes of a pack in double, always in the same order: the halves, their halves ...
+template <typename V>
+ASGA_INLINE double sum_lanes(const V* parts) {
+  double lanes[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
+    lanes[lane] = static_cast<double>(parts[lane / kWidth<V>][lane % kWidth<V>]);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
 }
 
 template <typename V>
-ASGA_INLINE void add_sums(double* to, V sums, int64_t count) {
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] += static_cast<double>(sums[lane]);
+ASGA_INLINE void add_lanes(double* to, const V* parts, int64_t count) {
+  for (int64_t lane = 0; lane < count; ++lane)
+    to[lane] += static_cast<double>(parts[lane / kWidth<V>][lane % kWidth<V>]);
 }
 
 }  // namespace

@@ -1,201 +1,175 @@
 #include "mixed_fake_quant.h"
 
-#include "lanes.h"
+#include "sweep.h"
 
 namespace asga {
 namespace {
 
-// Sixteen values with the parameters of their grids.
+// Values are taken in blocks of a few registers, and all of a block through one candidate before the next: so the
+// parameters and sums of a single candidate are in registers, and sixteen of those are enough for any K.
 template <typename V>
-struct LaneGrids {
-  V inverse[kMaxCandidates], weight[kMaxCandidates], low[kMaxCandidates], high[kMaxCandidates], probs[kMaxCandidates];
-};
+constexpr int kBlockPacks = kRegisters<V> < 4 ? 4 / kRegisters<V> : 1;
 
-template <typename V>
-struct LaneSums {
-  V residual[kMaxCandidates], rounded[kMaxCandidates];
-};
-
-// The inner loops, the only code that is repeated for each number of candidates K: `vectors` times sixteen values,
-// `stride` apart, on the same grids. What the loop reads is copied to locals, which no store can alias.
-template <typename scalar_t, int K>
-void forward_strip(const scalar_t* input, scalar_t* output, int64_t vectors, int64_t stride,
-                   const LaneGrids<vector_t<scalar_t>>& grids) {
-  using V = vector_t<scalar_t>;
-  V inverse[K], weight[K], low[K], high[K];
-  for (int k = 0; k < K; ++k) {
-    inverse[k] = grids.inverse[k];
-    weight[k] = grids.weight[k];
-    low[k] = grids.low[k];
-    high[k] = grids.high[k];
-  }
-  for (int64_t i = 0; i < vectors; ++i, input += stride, output += stride) {
-    const V x = load(input);
-    V sum = quantize(x * inverse[0], low[0], high[0]).rounded * weight[0];
-    ASGA_UNROLL
-    for (int k = 1; k < K; ++k) sum += quantize(x * inverse[k], low[k], high[k]).rounded * weight[k];
-    store(output, sum);
-  }
+template <typename V, bool kColumns, typename compute>
+ASGA_INLINE void load_parameters(V (&parts)[kRegisters<V>], const compute* table) {
+  for (int r = 0; r < kRegisters<V>; ++r) parts[r] = parameter<kColumns, V>(table, r);
 }
 
-template <typename scalar_t, int K>
-void backward_strip(const scalar_t* grad, const scalar_t* input, scalar_t* grad_input, int64_t vectors, int64_t stride,
-                    const LaneGrids<vector_t<scalar_t>>& grids, LaneSums<vector_t<scalar_t>>& sums) {
+// Calls block(std::integral_constant<int, packs>, first pack) for `count` packs, most of them in full blocks.
+template <typename V, typename F>
+ASGA_INLINE void for_each_block(int64_t count, const F& block) {
+  int64_t i = 0;
+  for (; i + kBlockPacks<V> <= count; i += kBlockPacks<V>) block(std::integral_constant<int, kBlockPacks<V>>{}, i);
+  for (; i < count; ++i) block(std::integral_constant<int, 1>{}, i);
+}
+
+template <typename scalar_t, bool kColumns, bool kPastCaches>
+struct Forward {
   using V = vector_t<scalar_t>;
-  V inverse[K], low[K], high[K], probs[K], residual[K], rounded[K];
-  for (int k = 0; k < K; ++k) {
-    inverse[k] = grids.inverse[k];
-    low[k] = grids.low[k];
-    high[k] = grids.high[k];
-    probs[k] = grids.probs[k];
-    residual[k] = sums.residual[k];
-    rounded[k] = sums.rounded[k];
+  static constexpr int R = kRegisters<V>;
+  const MixedGrids<compute_t<scalar_t>>& grids;
+  const scalar_t* input;
+  scalar_t* output;
+
+  ASGA_INLINE void packs(int64_t line, int64_t offset, int64_t count, int64_t stride) const {
+    for_each_block<V>(count, [&](auto packs, int64_t first) {
+      const scalar_t* x = input + offset + first * stride;
+      scalar_t* y = output + offset + first * stride;
+      V values[packs.value * R], sums[packs.value * R];
+      for (int i = 0; i < packs.value; ++i)
+        for (int r = 0; r < R; ++r) values[i * R + r] = load(x + i * stride + r * kWidth<V>);
+      mix(line, values, sums);
+      for (int i = 0; i < packs.value; ++i)
+        for (int r = 0; r < R; ++r) store<kPastCaches>(y + i * stride + r * kWidth<V>, sums[i * R + r]);
+    });
   }
-  for (int64_t i = 0; i < vectors; ++i, grad += stride, input += stride, grad_input += stride) {
-    const V g = load(grad), x = load(input);
-    V passed = {};
-    ASGA_UNROLL
-    for (int k = 0; k < K; ++k) {
-      const Quantized<V> value = quantize(x * inverse[k], low[k], high[k]);
-      passed += value.inside() ? probs[k] : V{};
-      residual[k] += g * value.scale_term();
-      rounded[k] += g * value.rounded;
+
+  ASGA_INLINE void tail(int64_t line, int64_t offset, int count) const {
+    V values[R] = {}, sums[R];
+    for_each_part<V>(count, [&](int r, int some) { values[r] = load_some(input + offset + r * kWidth<V>, some); });
+    mix(line, values, sums);
+    for_each_part<V>(count, [&](int r, int some) { store_some(output + offset + r * kWidth<V>, sums[r], some); });
+  }
+
+  ASGA_INLINE void add_sums(int64_t, int64_t, int64_t) const {}
+
+ private:
+  template <int N>
+  ASGA_INLINE void mix(int64_t line, const V (&values)[N], V (&sums)[N]) const {
+    candidate<true>(line, values, sums);
+    for (int k = 1; k < grids.candidates; ++k) candidate<false>(k * grids.stride + line, values, sums);
+  }
+
+  template <bool kFirst, int N>
+  ASGA_INLINE void candidate(int64_t at, const V (&values)[N], V (&sums)[N]) const {
+    V inverse[R], weight[R], low[R], high[R];
+    load_parameters<V, kColumns>(inverse, grids.inverse + at);
+    load_parameters<V, kColumns>(weight, grids.weight + at);
+    load_parameters<V, kColumns>(low, grids.low + at);
+    load_parameters<V, kColumns>(high, grids.high + at);
+    for (int j = 0; j < N; ++j) {
+      const V term = quantize(values[j] * inverse[j % R], low[j % R], high[j % R]).rounded * weight[j % R];
+      sums[j] = kFirst ? term : sums[j] + term;
     }
-    store(grad_input, g * passed);
   }
-  for (int k = 0; k < K; ++k) {
-    sums.residual[k] = residual[k];
-    sums.rounded[k] = rounded[k];
+};
+
+template <typename scalar_t, bool kColumns, bool kPastCaches, int kTerms>
+struct Backward {
+  using V = vector_t<scalar_t>;
+  static constexpr int R = kRegisters<V>;
+  const MixedGrids<compute_t<scalar_t>>& grids;
+  const scalar_t *grad, *input;
+  scalar_t* grad_input;
+  double* sums;
+  int64_t lines;
+  V terms[kMaxCandidates][kTerms][R] = {};
+
+  ASGA_INLINE void packs(int64_t line, int64_t offset, int64_t count, int64_t stride) {
+    for_each_block<V>(count, [&](auto packs, int64_t first) {
+      const scalar_t *g = grad + offset + first * stride, *x = input + offset + first * stride;
+      scalar_t* dx = grad_input + offset + first * stride;
+      V grads[packs.value * R], values[packs.value * R], passed[packs.value * R];
+      for (int i = 0; i < packs.value; ++i)
+        for (int r = 0; r < R; ++r) {
+          grads[i * R + r] = load(g + i * stride + r * kWidth<V>);
+          values[i * R + r] = load(x + i * stride + r * kWidth<V>);
+        }
+      differentiate(line, grads, values, passed);
+      for (int i = 0; i < packs.value; ++i)
+        for (int r = 0; r < R; ++r)
+          store<kPastCaches>(dx + i * stride + r * kWidth<V>, grads[i * R + r] * passed[i * R + r]);
+    });
   }
-}
 
-template <typename scalar_t>
-using ForwardStrip = decltype(&forward_strip<scalar_t, 1>);
-template <typename scalar_t>
-using BackwardStrip = decltype(&backward_strip<scalar_t, 1>);
-
-template <typename scalar_t>
-ForwardStrip<scalar_t> forward_strip_for(int candidates) {
-  static constexpr ForwardStrip<scalar_t> strips[kMaxCandidates] = {
-      forward_strip<scalar_t, 1>, forward_strip<scalar_t, 2>, forward_strip<scalar_t, 3>, forward_strip<scalar_t, 4>,
-      forward_strip<scalar_t, 5>, forward_strip<scalar_t, 6>, forward_strip<scalar_t, 7>, forward_strip<scalar_t, 8>};
-  return strips[candidates - 1];
-}
-
-template <typename scalar_t>
-BackwardStrip<scalar_t> backward_strip_for(int candidates) {
-  static constexpr BackwardStrip<scalar_t> strips[kMaxCandidates] = {
-      backward_strip<scalar_t, 1>, backward_strip<scalar_t, 2>, backward_strip<scalar_t, 3>,
-      backward_strip<scalar_t, 4>, backward_strip<scalar_t, 5>, backward_strip<scalar_t, 6>,
-      backward_strip<scalar_t, 7>, backward_strip<scalar_t, 8>};
-  return strips[candidates - 1];
-}
-
-// The grids of `count` <= 16 neighboring columns, or of one channel in all lanes (count = 0).
-template <typename V, typename compute>
-LaneGrids<V> lane_grids(const MixedGrids<compute>& grids, int64_t first, int64_t count) {
-  LaneGrids<V> lanes;
-  for (int k = 0; k < grids.candidates; ++k) {
-    const compute *inverse = grids.inverse + k * grids.stride + first,
-                  *weight = grids.weight + k * grids.stride + first;
-    lanes.inverse[k] = count == 0 ? V{} + *inverse : load_tail(inverse, count);
-    lanes.weight[k] = count == 0 ? V{} + *weight : load_tail(weight, count);
-    lanes.low[k] = V{} + grids.low[k];
-    lanes.high[k] = V{} + grids.high[k];
-    lanes.probs[k] = V{} + grids.probs[k];
+  ASGA_INLINE void tail(int64_t line, int64_t offset, int count) {
+    V grads[R] = {}, values[R] = {}, passed[R];
+    for_each_part<V>(count, [&](int r, int some) {
+      const int64_t at = offset + r * kWidth<V>;
+      grads[r] = keep_some(load_some(grad + at, some), some);
+      values[r] = load_some(input + at, some);
+    });
+    // A part without any value repeats the first one.
+    for (int r = 1; r < R; ++r)
+      if (count <= r * kWidth<V>) values[r] = values[0];
+    differentiate(line, grads, values, passed);
+    for_each_part<V>(count, [&](int r, int some) {
+      store_some(grad_input + offset + r * kWidth<V>, grads[r] * passed[r], some);
+    });
   }
-  return lanes;
-}
 
-// `count` < 16 values through a strip, by way of full vectors on the stack.
-template <typename scalar_t>
-void forward_tail(const scalar_t* input, scalar_t* output, int64_t count, const LaneGrids<vector_t<scalar_t>>& grids,
-                  ForwardStrip<scalar_t> strip) {
-  scalar_t x[kLanes], y[kLanes];
-  copy_tail(x, input, count);
-  strip(x, y, 1, kLanes, grids);
-  memcpy(output, y, count * sizeof(scalar_t));
-}
+  ASGA_INLINE void add_sums(int64_t slot, int64_t line, int64_t count) {
+    double* to = sums + slot * grids.candidates * kTerms * lines + line;
+    for (int k = 0; k < grids.candidates; ++k)
+      for (int t = 0; t < kTerms; ++t, to += lines) add_terms<kColumns>(to, terms[k][t], count);
+    memset(terms, 0, grids.candidates * sizeof terms[0]);
+  }
 
-template <typename scalar_t>
-void backward_tail(const scalar_t* grad, const scalar_t* input, scalar_t* grad_input, int64_t count,
-                   const LaneGrids<vector_t<scalar_t>>& grids, LaneSums<vector_t<scalar_t>>& sums,
-                   BackwardStrip<scalar_t> strip) {
-  scalar_t g[kLanes] = {}, x[kLanes], dx[kLanes];
-  memcpy(g, grad, count * sizeof(scalar_t));
-  copy_tail(x, input, count);
-  strip(g, x, dx, 1, kLanes, grids, sums);
-  memcpy(grad_input, dx, count * sizeof(scalar_t));
-}
+ private:
+  // passed = sum of the probabilities of the candidates that x is in range of.
+  template <int N>
+  ASGA_INLINE void differentiate(int64_t line, const V (&grads)[N], const V (&values)[N], V (&passed)[N]) {
+    for (int j = 0; j < N; ++j) passed[j] = V{};
+    for (int k = 0; k < grids.candidates; ++k) {
+      const int64_t at = k * grids.stride + line;
+      const V prob = V{} + grids.probs[k];
+      V inverse[R], low[R], high[R], local[kTerms][R];
+      load_parameters<V, kColumns>(inverse, grids.inverse + at);
+      load_parameters<V, kColumns>(low, grids.low + at);
+      load_parameters<V, kColumns>(high, grids.high + at);
+      memcpy(local, terms[k], sizeof local);
+      for (int j = 0; j < N; ++j) {
+        const Quantized<V> q = quantize(values[j] * inverse[j % R], low[j % R], high[j % R]);
+        passed[j] += q.if_inside(prob);
+        local[0][j % R] += grads[j] * q.scale_term();
+        local[1][j % R] += grads[j] * q.rounded;
+        if constexpr (kTerms == 3) local[2][j % R] += q.if_outside(grads[j]);
+      }
+      memcpy(terms[k], local, sizeof local);
+    }
+  }
+};
 
 template <typename scalar_t>
 void forward(const Work& work, const MixedGrids<compute_t<scalar_t>>& grids, const scalar_t* input, scalar_t* output,
-             int64_t begin, int64_t end) {
-  using V = vector_t<scalar_t>;
-  const auto strip = forward_strip_for<scalar_t>(grids.candidates);
-  for (int64_t index = begin; index < end; ++index) {
-    const Piece piece = piece_of(work, index);
-    const scalar_t* x = input + piece.offset;
-    scalar_t* y = output + piece.offset;
-    if (!work.columns) {
-      const LaneGrids<V> lanes = lane_grids<V>(grids, piece.channel, 0);
-      const int64_t whole = piece.count / kLanes * kLanes;
-      strip(x, y, whole / kLanes, kLanes, lanes);
-      if (whole < piece.count) forward_tail(x + whole, y + whole, piece.count - whole, lanes, strip);
-      continue;
-    }
-    for (int64_t j = 0; j < work.width; j += kLanes) {
-      const int64_t count = work.width - j < kLanes ? work.width - j : kLanes;
-      const LaneGrids<V> lanes = lane_grids<V>(grids, j, count);
-      if (count == kLanes)
-        strip(x + j, y + j, piece.count, work.width, lanes);
-      else
-        for (int64_t row = 0; row < piece.count; ++row)
-          forward_tail(x + j + row * work.width, y + j + row * work.width, count, lanes, strip);
-    }
-  }
+             bool past_caches, int64_t begin, int64_t end) {
+  sweep(work, past_caches, output, begin, end, [&](auto columns, auto past) {
+    return Forward<scalar_t, columns.value, past.value>{grids, input, output};
+  });
 }
 
 template <typename scalar_t>
 void backward(const Work& work, const MixedGrids<compute_t<scalar_t>>& grids, const scalar_t* grad,
-              const scalar_t* input, scalar_t* grad_input, double* piece_sums, int64_t begin, int64_t end) {
-  using V = vector_t<scalar_t>;
-  const auto strip = backward_strip_for<scalar_t>(grids.candidates);
-  for (int64_t index = begin; index < end; ++index) {
-    const Piece piece = piece_of(work, index);
-    const scalar_t *g = grad + piece.offset, *x = input + piece.offset;
-    scalar_t* dx = grad_input + piece.offset;
-    double* out = piece_sums + index * grids.candidates * 2 * (work.columns ? work.width : 1);
-    if (!work.columns) {
-      const LaneGrids<V> lanes = lane_grids<V>(grids, piece.channel, 0);
-      LaneSums<V> sums = {};
-      const int64_t whole = piece.count / kLanes * kLanes;
-      strip(g, x, dx, whole / kLanes, kLanes, lanes, sums);
-      if (whole < piece.count) backward_tail(g + whole, x + whole, dx + whole, piece.count - whole, lanes, sums, strip);
-      for (int k = 0; k < grids.candidates; ++k) {
-        out[2 * k] = sum_lanes(sums.residual[k]);
-        out[2 * k + 1] = sum_lanes(sums.rounded[k]);
-      }
-      continue;
-    }
-    for (int64_t j = 0; j < work.width; j += kLanes) {
-      const int64_t count = work.width - j < kLanes ? work.width - j : kLanes;
-      const LaneGrids<V> lanes = lane_grids<V>(grids, j, count);
-      for (int64_t first = 0; first < piece.count; first += kLongestSum) {
-        const int64_t rows = piece.count - first < kLongestSum ? piece.count - first : kLongestSum;
-        LaneSums<V> sums = {};
-        int64_t at = j + first * work.width;
-        if (count == kLanes)
-          strip(g + at, x + at, dx + at, rows, work.width, lanes, sums);
-        else
-          for (int64_t row = 0; row < rows; ++row, at += work.width)
-            backward_tail(g + at, x + at, dx + at, count, lanes, sums, strip);
-        for (int k = 0; k < grids.candidates; ++k) {
-          add_sums(out + 2 * k * work.width + j, sums.residual[k], count);
-          add_sums(out + (2 * k + 1) * work.width + j, sums.rounded[k], count);
-        }
-      }
-    }
+              const scalar_t* input, scalar_t* grad_input, int terms, double* sums, bool past_caches, int64_t begin,
+              int64_t end) {
+  if (terms == 2) {
+    sweep(work, past_caches, grad_input, begin, end, [&](auto columns, auto past) {
+      return Backward<scalar_t, columns.value, past.value, 2>{grids, grad, input, grad_input, sums, work.lines};
+    });
+  } else {
+    sweep(work, past_caches, grad_input, begin, end, [&](auto columns, auto past) {
+      return Backward<scalar_t, columns.value, past.value, 3>{grids, grad, input, grad_input, sums, work.lines};
+    });
   }
 }
 

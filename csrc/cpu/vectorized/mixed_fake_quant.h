@@ -1,4 +1,4 @@
-// The loops of mixed_fake_quant: compiled once per instruction set, picked and fed by ../mixed_fake_quant.cpp.
+// The loops of mixed_fake_quant: compiled once per instruction set, picked and fed by ../mixed_fake_quant.h.
 #pragma once
 
 #include "../../quant_math.h"
@@ -7,27 +7,27 @@
 
 namespace asga {
 
-// K grids per channel (rows) or per column (columns), candidate after candidate: inverse and weight are
-// [K, channels or width] with 1/scale and probability * scale.
+// K grids per line of `Work`, candidate after candidate, each padded to `stride` lines: 1/scale, probability * scale,
+// and the range minus the zero point.
 template <typename compute>
 struct MixedGrids {
-  const compute *inverse, *weight;
-  int64_t stride;  // channels or width
+  const compute *inverse, *weight, *low, *high;
+  int64_t stride;
   int candidates;
-  compute low[kMaxCandidates], high[kMaxCandidates], probs[kMaxCandidates];
+  compute probs[kMaxCandidates];
 };
 
 template <typename scalar_t>
 struct MixedFakeQuantLoops {
   using compute = compute_t<scalar_t>;
 
-  // Handle the pieces from `begin` to `end`.
-  void (*forward)(const Work&, const MixedGrids<compute>&, const scalar_t* input, scalar_t* output, int64_t begin,
-                  int64_t end);
-  // Also adds to `sums`, zero at first, per piece and candidate: sum g (q - v [inside]) and sum g q: rows [pieces, K,
-  // 2], columns [pieces, K, 2, width].
+  // Handle the tasks from `begin` to `end`. `past_caches`: the output is too large to be found in a cache later.
+  void (*forward)(const Work&, const MixedGrids<compute>&, const scalar_t* input, scalar_t* output, bool past_caches,
+                  int64_t begin, int64_t end);
+  // Also adds to `sums` [slots, K, terms, lines], zero at first: sum g (q - v [inside]) for the gradient of the scale,
+  // sum g q for that of the probability, and with three `terms` sum g [outside] for that of the zero point.
   void (*backward)(const Work&, const MixedGrids<compute>&, const scalar_t* grad, const scalar_t* input,
-                   scalar_t* grad_input, double* sums, int64_t begin, int64_t end);
+                   scalar_t* grad_input, int terms, double* sums, bool past_caches, int64_t begin, int64_t end);
 };
 
 }  // namespace asga

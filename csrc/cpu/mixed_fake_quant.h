@@ -1,0 +1,100 @@
+// mixed_fake_quant on memory: pointers and sizes, no framework. K quantizers in one sweep forward and one backward,
+// whatever K is. Bytes moved per value of size b: forward 2b (read x, write y), backward 3b (read g and x, write dx);
+// only x is kept between them.
+#pragma once
+
+#include <math.h>
+
+#include <vector>
+
+#include "isa.h"
+#include "tables.h"
+#include "vectorized/mixed_fake_quant.h"
+
+ASGA_PICK_ISA(MixedFakeQuantLoops, mixed_fake_quant_loops)
+
+namespace asga {
+
+// What both directions are given: scales and zero points [K, channels], the latter null for none, probabilities and
+// ranges [K].
+template <typename compute>
+struct MixedFakeQuant {
+  ChannelLayout layout;
+  int candidates;
+  const compute *scales, *zero_points, *probs;
+  const int64_t *quant_mins, *quant_maxs;
+};
+
+// The grids of a MixedFakeQuant as the loops read them.
+template <typename compute>
+class MixedGridTable {
+ public:
+  MixedGridTable(const Work& work, const MixedFakeQuant<compute>& op) : table_(work, 4 * op.candidates) {
+    const int candidates = op.candidates;
+    for (int k = 0; k < candidates; ++k) {
+      const compute* scale = op.scales + k * op.layout.channels;
+      const compute* zero_point = op.zero_points == nullptr ? nullptr : op.zero_points + k * op.layout.channels;
+      const auto offset = [&](int64_t c) { return zero_point == nullptr ? compute(0) : nearbyint(zero_point[c]); };
+      table_.fill(k, [&](int64_t c) { return compute(1) / scale[c]; });
+      table_.fill(candidates + k, [&](int64_t c) { return scale[c] * op.probs[k]; });
+      table_.fill(2 * candidates + k, [&](int64_t c) { return static_cast<compute>(op.quant_mins[k] - offset(c)); });
+      table_.fill(3 * candidates + k, [&](int64_t c) { return static_cast<compute>(op.quant_maxs[k] - offset(c)); });
+      view_.probs[k] = op.probs[k];
+    }
+    view_.candidates = candidates;
+    view_.stride = table_.stride();
+    view_.inverse = table_.row(0);
+    view_.weight = table_.row(candidates);
+    view_.low = table_.row(2 * candidates);
+    view_.high = table_.row(3 * candidates);
+  }
+  const MixedGrids<compute>& view() const { return view_; }
+
+ private:
+  Table<compute> table_;
+  MixedGrids<compute> view_;
+};
+
+// `parallel(work, run)` calls run(begin, end) for all tasks of `work`.
+template <typename scalar_t, typename Parallel>
+void mixed_fake_quant_forward(const MixedFakeQuant<compute_t<scalar_t>>& op, const scalar_t* x, scalar_t* y,
+                              const Parallel& parallel) {
+  const Work work = plan_work(op.layout);
+  const MixedGridTable<compute_t<scalar_t>> table(work, op);
+  const auto loops = mixed_fake_quant_loops<scalar_t>();
+  const bool past_caches = larger_than_caches<scalar_t>(work);
+  parallel(work, [&](int64_t begin, int64_t end) {
+    loops.forward(work, table.view(), x, y, past_caches, begin, end);
+  });
+}
+
+// Writes grad_scales [K, channels], grad_probs [K] and, where there are zero points, grad_zero_points [K, channels].
+template <typename scalar_t, typename Parallel>
+void mixed_fake_quant_backward(const MixedFakeQuant<compute_t<scalar_t>>& op, const scalar_t* g, const scalar_t* x,
+                               scalar_t* dx, compute_t<scalar_t>* grad_scales, compute_t<scalar_t>* grad_probs,
+                               compute_t<scalar_t>* grad_zero_points, const Parallel& parallel) {
+  using compute = compute_t<scalar_t>;
+  const Work work = plan_work(op.layout);
+  const MixedGridTable<compute> table(work, op);
+  const auto loops = mixed_fake_quant_loops<scalar_t>();
+  const bool past_caches = larger_than_caches<scalar_t>(work);
+  const int terms = op.zero_points == nullptr ? 2 : 3;
+  std::vector<double> sums(work.slots * op.candidates * terms * work.lines);
+  parallel(work, [&](int64_t begin, int64_t end) {
+    loops.backward(work, table.view(), g, x, dx, terms, sums.data(), past_caches, begin, end);
+  });
+  double prob_totals[kMaxCandidates] = {};
+  for_each_total(work, sums, op.candidates * terms, [&](int index, int64_t c, double total) {
+    const int k = index / terms;
+    const int64_t at = k * op.layout.channels + c;
+    if (index % terms == 0)
+      grad_scales[at] = static_cast<compute>(total * op.probs[k]);
+    else if (index % terms == 1)
+      prob_totals[k] += total * op.scales[at];
+    else
+      grad_zero_points[at] = static_cast<compute>(-total * op.probs[k] * op.scales[at]);
+  });
+  for (int k = 0; k < op.candidates; ++k) grad_probs[k] = static_cast<compute>(prob_totals[k]);
+}
+
+}  // namespace asga
