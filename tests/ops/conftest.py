@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tensors as small as most here gain nothing from more, and the machine may have other work."""
     threads = torch.get_num_threads()
