@@ -35,6 +35,7 @@ MARGIN = 0.07
 # values of the terms: of the result to its dtype, of products with parameters, of partial sums; and as many of what
 # they are compared with, which is no more exact than the operators for inputs in float64.
 FLOOR = 8
+COMPILED_OR_REFERENCE = [name for name in ("cpu", "reference") if backends.unavailable(name) is None]
 RESULTS = ("result", "gradient of x", "of the scales", "of the zero points", "of the probabilities")
 
 
@@ -135,7 +136,7 @@ INTERPRETED = (
 
 def _runs() -> list:
     """(backend, case, dtype): compiled ones and the reference on everything, interpreted Triton on a little."""
-    names = [name for name in ("cpu", "reference") if backends.unavailable(name) is None]
+    names = list(COMPILED_OR_REFERENCE)
     if torch.cuda.is_available():
         names += [name for name in ("cuda", "triton") if backends.unavailable(name) is None]
     runs = [(name, case, dtype) for case in SIZES for dtype in DTYPES for name in names]
@@ -164,6 +165,44 @@ class TestIsAsGoodAsThePlainFormula:
 
     def test_mixed_fake_quant(self, name, case, dtype, with_offset):
         _check(name, case, dtype, 3, with_offset)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("with_offset", [False, True], ids=["symmetric", "offset"])
+@pytest.mark.parametrize("candidates", [1, 3], ids=["fake_quant", "mixed_fake_quant"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", COMPILED_OR_REFERENCE)
+def test_gradients_are_those_of_the_formula_with_frozen_rounding(name, granularity, candidates, with_offset):
+    """The derivative of a step function is zero; a straight-through gradient is that of another function: the same
+    formula, in which what rounding adds to each value and to each zero point, round(v) - v, is a constant. That one
+    is smooth between the ends of the ranges, so gradcheck can take its differences, for every argument.
+    """
+    case = Case((2, 3, 6), GRANULARITIES[granularity])
+    x, _, parameters, _ = _problem_of(case, "differences", "float64", candidates, with_offset)
+    present = [tensor is not None for tensor in (x, *parameters)]
+    frozen = FrozenRounding()
+
+    def arguments(tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
+        given = iter(tensors)
+        return [next(given) if there else None for there in present]
+
+    class Smooth(torch.autograd.Function):
+        """The formula forward, the operator backward."""
+
+        @staticmethod
+        def forward(ctx, *tensors: Tensor) -> Tensor:
+            ctx.save_for_backward(*tensors)
+            x, *parameters = arguments(tensors)
+            return _formula(x, *_apply(_spreads(case, candidates), parameters), frozen.again())
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+            leaves = _leaves(*ctx.saved_tensors)
+            with torch.enable_grad():
+                return torch.autograd.grad(_run(*arguments(leaves), candidates, case.granularity), leaves, grad)
+
+    with backend(name):
+        assert torch.autograd.gradcheck(Smooth.apply, [t for t in _leaves(x, *parameters) if t is not None])
 
 
 def _check(name: str, case: str, dtype: str, candidates: int, with_offset: bool) -> None:
@@ -221,7 +260,10 @@ class Problem(NamedTuple):
 
 @functools.lru_cache(maxsize=16)  # the backends of a case follow each other
 def _problem(name: str, dtype: str, candidates: int, with_offset: bool) -> Problem:
-    case = CASES[name]
+    return _problem_of(CASES[name], name, dtype, candidates, with_offset)
+
+
+def _problem_of(case: Case, name: str, dtype: str, candidates: int, with_offset: bool) -> Problem:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + candidates)
     shape = _shape_of_scales(case)
     # Candidates of more bits have smaller steps. Everything is cast first: all computations see the same numbers.
@@ -281,22 +323,55 @@ def _spread_probs(case: Case, probs: Tensor, candidates: int) -> Tensor:
     return probs.reshape(candidates, *[1] * len(case.shape)).expand(candidates, *case.shape)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
-    """(clamp(round(x/s) + z, low, high) - z) * s with the straight-through gradients of LSQ and LSQ+."""
-    z = torch.zeros_like(scale) if zero_point is None else _round_straight_through(zero_point)
+def _spreads(case: Case, candidates: int) -> list[Callable[[Tensor], Tensor]]:
+    """For scales, zero points and probabilities."""
+    return [functools.partial(spread, case, candidates=candidates) for spread in (_spread, _spread, _spread_probs)]
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, rounded: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """(clamp(round(x/s) + z, low, high) - z) * s; the rounding decides about the gradients."""
+    z = torch.zeros_like(scale) if zero_point is None else rounded(zero_point)
     # Clamped before it is rounded, which with integer bounds is the same, so that the gradient has LSQ's mask.
     clamped = torch.minimum(torch.maximum(x / scale, low - z), high - z)
-    return _round_straight_through(clamped) * scale
+    return rounded(clamped) * scale
 
 
 def _round_straight_through(v: Tensor) -> Tensor:
+    """With the derivative 1, which makes the gradients those of LSQ and LSQ+."""
     return v + (v.round() - v).detach()
 
 
-def _formula(x: Tensor, scales: Tensor, zero_points: Tensor | None, probs: Tensor | None) -> Tensor:
+class FrozenRounding:
+    """Adds what rounding added in the first pass through a formula: smooth, and equal to rounding there."""
+
+    def __init__(self) -> None:
+        self.residuals: list[Tensor] = []
+        self.calls = 0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        if self.calls == len(self.residuals):
+            self.residuals.append((v.round() - v).detach())
+        self.calls += 1
+        return v + self.residuals[self.calls - 1]
+
+    def again(self) -> "FrozenRounding":
+        """Begin another pass."""
+        self.calls = 0
+        return self
+
+
+def _formula(
+    x: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    probs: Tensor | None,
+    rounded: Callable[[Tensor], Tensor] = _round_straight_through,
+) -> Tensor:
     """One quantizer, or the mixture of several; parameters as `_spread` gives them."""
     terms = [
-        quantize(x, scales[k], None if zero_points is None else zero_points[k], QUANT_MINS[k], QUANT_MAXS[k])
+        quantize(x, scales[k], None if zero_points is None else zero_points[k], QUANT_MINS[k], QUANT_MAXS[k], rounded)
         for k in range(len(scales))
     ]
     return terms[0] if probs is None else sum(p * term for p, term in zip(probs, terms, strict=True))
@@ -306,8 +381,7 @@ def _bounds(
     case: Case, x: Tensor, grad: Tensor, parameters: list[Tensor | None], candidates: int
 ) -> list[Bound | None]:
     """Of the result and of the gradients of x, scales, zero points and probabilities."""
-    spreads = [functools.partial(spread, case, candidates=candidates) for spread in (_spread, _spread, _spread_probs)]
-
+    spreads = _spreads(case, candidates)
     plain = _leaves(x, *parameters)
     y = _formula(plain[0], *_apply(spreads, plain[1:]))
     plain_results = [y.detach(), *_gradients(y, plain, grad)]
