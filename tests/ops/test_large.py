@@ -1,5 +1,7 @@
 """Tensors of more than 2^31 values: indices that need 64 bits."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,9 +10,9 @@ from asga.ops import backends, reference
 
 ops = torch.ops.asga
 
-COUNT = 2**31 + 8195
-# Both ends, and the first values whose index is no 32-bit integer; in units of the scale, in and out of range.
-PLACES = [slice(0, 4097), slice(2**31 - 4100, 2**31 + 4100), slice(COUNT - 3000, COUNT)]
+COUNT = 2**31 + 8194
+# Both ends, and the first values whose index is no 32-bit integer. All begin and end between rows of three.
+PLACES = [slice(0, 4098), slice(2**31 - 4100, 2**31 + 4099), slice(COUNT - 3000, COUNT)]
 # Input, and result or gradient, in 16 bits; what else the process needs.
 NEEDED = 2 * 2 * COUNT + 2**30
 
@@ -26,6 +28,9 @@ def _available_memory() -> int:
 
 
 pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("ASGA_TEST_LARGE") != "1", reason="takes a minute and 9 GiB of memory; ASGA_TEST_LARGE=1 runs it"
+    ),
     pytest.mark.skipif(
         backends.unavailable("cpu") is not None, reason=f"no CPU kernels: {backends.unavailable('cpu')}"
     ),
@@ -49,19 +54,24 @@ def _check(x: Tensor, forward, backward) -> None:
 
     The input is the gradient as well; zeros add nothing to the sums, as they lie on the grid.
     """
-    y = forward(ops, x)
-    small = torch.cat([x[place] for place in PLACES])
-    expected = forward(reference, small)
-    assert torch.equal(torch.cat([y[place] for place in PLACES]), expected)
-    assert torch.count_nonzero(y) == torch.count_nonzero(expected)
-    del y
+    small = _at_places(x).view(-1, *x.shape[1:])
+    _compare(forward(ops, x), forward(reference, small))
     gradient, *sums = backward(ops, x, x)
     expected, *expected_sums = backward(reference, small, small)
-    assert torch.equal(torch.cat([gradient[place] for place in PLACES]), expected)
-    assert torch.count_nonzero(gradient) == torch.count_nonzero(expected)
+    _compare(gradient, expected)
     for actual, wanted in zip(sums, expected_sums, strict=True):
-        # Sums of 15,295 terms of both signs, the partial ones in float32.
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-2)
+        # About 15,000 terms of magnitude 10 and of both signs, the partial sums in float32.
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-1)
+
+
+def _at_places(x: Tensor) -> Tensor:
+    return torch.cat([x.view(-1)[place] for place in PLACES])
+
+
+def _compare(found: Tensor, expected: Tensor) -> None:
+    """The same at the places, and zero elsewhere."""
+    assert torch.equal(_at_places(found), expected.view(-1))
+    assert torch.count_nonzero(found) == torch.count_nonzero(expected)
 
 
 def test_fake_quant(x):
@@ -74,7 +84,7 @@ def test_fake_quant(x):
 
 
 def test_mixed_fake_quant(x):
-    """Per channel, with the channels in the last dimension of 3; the places begin with the first channel."""
+    """Per channel, the channels last."""
     settings = (torch.tensor([[0.5, 0.25, 0.75], [0.125, 0.5, 1.0]]), torch.tensor([0.25, 0.75]), None)
     settings = (*settings, [-8, -2], [7, 1], 1)
     _check(
