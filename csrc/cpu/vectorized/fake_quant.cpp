@@ -69,12 +69,12 @@ struct Backward {
     const scalar_t *g = grad + offset, *x = input + offset;
     scalar_t* dx = grad_input + offset;
     V local[kTerms][kRegisters<V>];  // no store can alias it
-    memcpy(local, terms, sizeof local);
+    copy_registers(local, terms);
     for (int64_t i = 0; i < count; ++i, g += stride, x += stride, dx += stride)
       for (int r = 0; r < kRegisters<V>; ++r)
         store<kPastCaches>(dx + r * kWidth<V>,
                            value(load(g + r * kWidth<V>), load(x + r * kWidth<V>), pack, r, local));
-    memcpy(terms, local, sizeof local);
+    copy_registers(terms, local);
   }
 
   ASGA_INLINE void tail(int64_t line, int64_t offset, int count) {

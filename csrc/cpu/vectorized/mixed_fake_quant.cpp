@@ -132,20 +132,21 @@ struct Backward {
     for (int j = 0; j < N; ++j) passed[j] = V{};
     for (int k = 0; k < grids.candidates; ++k) {
       const int64_t at = k * grids.stride + line;
-      const V prob = V{} + grids.probs[k];
+      const V prob = parameter<false, V>(grids.probs + k, 0);
       V inverse[R], low[R], high[R], local[kTerms][R];
       load_parameters<V, kColumns>(inverse, grids.inverse + at);
       load_parameters<V, kColumns>(low, grids.low + at);
       load_parameters<V, kColumns>(high, grids.high + at);
-      memcpy(local, terms[k], sizeof local);
+      copy_registers(local, terms[k]);
       for (int j = 0; j < N; ++j) {
-        const Quantized<V> q = quantize(values[j] * inverse[j % R], low[j % R], high[j % R]);
+        const V scaled = values[j] * inverse[j % R], clamped = clamp_propagate_nan(scaled, low[j % R], high[j % R]);
+        const Quantized<V> q{scaled, clamped, round_to_term(clamped)};
         passed[j] += q.if_inside(prob);
         local[0][j % R] += grads[j] * q.scale_term();
         local[1][j % R] += grads[j] * q.rounded;
         if constexpr (kTerms == 3) local[2][j % R] += q.if_outside(grads[j]);
       }
-      memcpy(terms[k], local, sizeof local);
+      copy_registers(terms[k], local);
     }
   }
 };
