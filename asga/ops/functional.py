@@ -7,9 +7,7 @@ from torch import Tensor
 
 import asga.ops.backends  # noqa: F401  (attaches the kernels to torch.ops.asga)
 from asga.ops.autograd import fake_quant_function, mixed_fake_quant_function, plain_eager
-
-MAX_CANDIDATES = 8  # kMaxCandidates in csrc/quant_math.h
-_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from asga.ops.reference import INPUT_DTYPES, MAX_CANDIDATES
 
 
 def fake_quant(
@@ -146,7 +144,7 @@ def mixed_fake_quant(
 
 def _check_input(input: Tensor, axis: int | None) -> int | None:
     """Check dtype and axis; returns the axis counted from the front."""
-    if input.dtype not in _INPUT_DTYPES:
+    if input.dtype not in INPUT_DTYPES:
         raise TypeError(f"input has dtype {input.dtype}; float32, bfloat16, float16 and float64 are supported")
     if axis is None:
         return None
