@@ -18,13 +18,18 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HAS_TORCH := import torch; raise SystemExit(torch.__version__ < "2.10")
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+PYTHON_SOURCES := $(shell find asga bench kernels -name '*.py')
 CXX_SOURCES := $(filter csrc/%,$(SOURCES))
 # .venv/NAME.stamp says that the package is installed and its libraries are as new as their sources.
 INSTALLED := $(addprefix $(VENV)/,build.stamp demo.stamp test.stamp)
 
+SANITIZED := build/sanitized
+# With the C++ library, whose exceptions it watches: Python itself has not loaded that one.
+SANITIZER_RUNTIME = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+
 # Two goals at once would build in the same folders.
 .NOTPARALLEL:
-.PHONY: help demo test build lint format clean
+.PHONY: help demo test sanitize build lint format clean
 
 help:  ## Show these lines.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -34,6 +39,15 @@ demo: $(VENV)/demo.stamp  ## Search a policy on digits, carry it to other digits
 
 test: $(VENV)/test.stamp  ## Run the tests.
 	$(BIN)/python -m pytest $(PYTEST)
+
+# From that folder Python finds the package built for it; the processes that tests start inherit all of this. Without
+# its sanitizers' runtime the library would not load, which ASGA_BACKEND=cpu makes an error. ASGA_CPU_ISA=baseline
+# (or avx2, avx512) chooses other loops than those for the widest vectors here.
+sanitize: $(VENV)/sanitize.stamp  ## Run the tests of the operators under AddressSanitizer and UBSan.
+	cd $(SANITIZED) && ASGA_BACKEND=cpu LD_PRELOAD="$(SANITIZER_RUNTIME)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(abspath $(BIN))/python -m pytest --capture=sys -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	$(CURDIR)/tests/ops -k "not triton" $(PYTEST)
 
 build: $(VENV)/build.stamp  ## Install the package into .venv in editable mode, compiled libraries included.
 
@@ -50,6 +64,14 @@ format: $(VENV)/lint.stamp  ## Format the sources in place.
 clean:  ## Remove the environment and everything built. Runs are kept.
 	rm -rf $(VENV) build dist *.egg-info asga/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find asga kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+# A copy of the package, so that the library in use is not replaced.
+$(VENV)/sanitize.stamp: $(VENV)/test.stamp $(PYTHON_SOURCES)
+	@echo "Compiling with AddressSanitizer and UBSan into $(SANITIZED)"
+	@rm -rf $(SANITIZED)
+	@CXX="$(CXX)" ASGA_SANITIZE=1 ASGA_CPU=force ASGA_CUDA=skip \
+	$(PIP) install --no-build-isolation --no-deps --target $(SANITIZED) .
+	@touch $@
 
 $(VENV)/demo.stamp: EXTRAS := [search,report]
 $(VENV)/test.stamp: EXTRAS := [test]

@@ -10,6 +10,8 @@ Environment variables:
     TORCH_CUDA_ARCH_LIST: architectures such as ``"8.0 9.0+PTX"``.
     MAX_JOBS: parallel compilations (default: the number of cores).
     CUDA_HOME, CXX: where to look for nvcc first; the C++ compiler.
+    ASGA_SANITIZE: ``1`` compiles the CPU library with AddressSanitizer and UBSan, for `make sanitize`. Such a library
+        loads only in a process that has loaded libasan first.
 """
 
 import os
@@ -32,6 +34,11 @@ DEFAULT_CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
 # GCC 12 finds its own intrinsics uninitialized (GCC bug 105593).
 CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+SANITIZE = os.environ.get("ASGA_SANITIZE") == "1"
+SANITIZER_FLAGS = ["-fsanitize=address,undefined"] if SANITIZE else []
+if SANITIZE:
+    # Less optimization: the checks make the loops long, and reports name the lines of the source.
+    CXX_FLAGS += [*SANITIZER_FLAGS, "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g1"]
 ISA_FLAGS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -99,7 +106,7 @@ class BuildLibraries(build_ext):
         includes = [f"-I{path}" for path in torch_extension.include_paths()]
         library_dir = Path(torch_extension.TORCH_LIB_PATH)
         # Not self.build_temp: an editable install throws that folder away, and would compile everything each time.
-        build_dir = ROOT.resolve() / "build" / ext.name
+        build_dir = ROOT.resolve() / "build" / (f"{ext.name}-sanitized" if SANITIZE else ext.name)
         build_dir.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -119,14 +126,16 @@ def cpu_rules(includes: list[str], library_dir: Path) -> dict:
     """Objects (output, source, command) and the link command of the CPU library."""
     cxx = [find_cxx(), *CXX_FLAGS]
     python = [f"-I{sysconfig.get_path('include')}", "-DPy_LIMITED_API=0x030a0000"]
-    objects = [("module.o", "csrc/module.cpp", [*cxx, *python])]
+    objects = []
+    for source in sorted(ROOT.glob("csrc/*.cpp")):
+        objects.append((f"{source.stem}.o", source.relative_to(ROOT), [*cxx, *python]))
     for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
         objects.append((f"{source.stem}.o", source.relative_to(ROOT), [*cxx, TORCH_TARGET, *includes]))
     for source in sorted(ROOT.glob("csrc/cpu/vectorized/*.cpp")):
         for isa, flags in ISA_FLAGS.items():
             command = [*cxx, *flags, f"-DASGA_ISA={isa}"]
             objects.append((f"{source.stem}.{isa}.o", source.relative_to(ROOT), command))
-    link = [find_cxx(), "-shared", f"-L{library_dir}", "-Wl,--as-needed", "-ltorch_cpu"]
+    link = [find_cxx(), "-shared", *SANITIZER_FLAGS, f"-L{library_dir}", "-Wl,--as-needed", "-ltorch_cpu"]
     return {"objects": objects, "link": link}
 
 

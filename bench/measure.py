@@ -62,6 +62,10 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def wall_time(call: Callable[[], object], seconds: float, device: torch.device) -> Sampler:
     """Time of a call on the host's clock, calls following each other; on a GPU until its queue has run dry.
 
+    Each sample begins with a call that does not count. It finds the caches as the others left them, and the memory of
+    a virtual machine as the host left it: what has been free for a second or two may have gone back to the host, and
+    is ten times slower to touch than memory that has been in use just before.
+
     Args:
         call: Warmed up here.
         seconds: Length of a sample; it holds at least one call.
@@ -70,6 +74,7 @@ def wall_time(call: Callable[[], object], seconds: float, device: torch.device) 
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def sample(calls: int) -> float:
+        call()
         synchronize()
         started = time.perf_counter()
         for _ in range(calls):

@@ -40,13 +40,34 @@ ASGA_HD T clamp_propagate_nan(T x, T low, T high) {
   return high < x ? high : x;
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// One instruction each, where a comparison and a selection would be two.
+ASGA_HD float clamp_propagate_nan(float x, float low, float high) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(low));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(high));
+  return x;
+}
+#endif
+
+// `value` where a equals b, else zero, and the other way around; NaN equals nothing.
+template <typename T>
+ASGA_HD T if_equal(T a, T b, T value) {
+  return a == b ? value : T{};
+}
+
+template <typename T>
+ASGA_HD T if_not_equal(T a, T b, T value) {
+  return a == b ? T{} : value;
+}
+
 // One value on one grid: `scaled` = x / scale, `clamped` to [low, high] (range minus zero point), `rounded`.
 template <typename T>
 struct Quantized {
   T scaled, clamped, rounded;
-  // `value`, or zero, where x is in range before rounding, bounds included (LSQ's mask). NaN is outside.
-  ASGA_HD T if_inside(T value) const { return scaled == clamped ? value : T{}; }
-  ASGA_HD T if_outside(T value) const { return scaled == clamped ? T{} : value; }
+  // In range before rounding, bounds included (LSQ's mask). NaN is outside.
+  ASGA_HD auto inside() const { return scaled == clamped; }
+  ASGA_HD T if_inside(T value) const { return if_equal(scaled, clamped, value); }
+  ASGA_HD T if_outside(T value) const { return if_not_equal(scaled, clamped, value); }
   // d(output)/d(scale): round(v) - v inside, the bound outside.
   ASGA_HD T scale_term() const { return rounded - if_inside(scaled); }
 };

@@ -9,6 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+# Without a GPU, Triton's kernels run in its interpreter. It reads this when it decorates a kernel, so it must stand
+# before the first import of asga.kernels, whichever test that comes from.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 RunPython = Callable[..., str]
 LabeledBatches = Callable[..., list[tuple[Tensor, Tensor]]]
 

@@ -95,6 +95,11 @@ def serving(device_type: str) -> str:
     return "triton" if device_type == "cuda" and _triton_missing() is None else "reference"
 
 
+def serves_cpu() -> bool:
+    """Whether the compiled kernels run the operators on CPU tensors."""
+    return _override is None and _library_errors["cpu"] is None
+
+
 def _load_cpu() -> str | None:
     """Load the CPU kernels; returns why they cannot be used, or None."""
     if importlib.util.find_spec("asga._C") is None:

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 import asga.ops.backends  # noqa: F401  (attaches the kernels to torch.ops.asga)
-from asga.ops.autograd import FakeQuant, MixedFakeQuant, plain_eager
-
-MAX_CANDIDATES = 8  # kMaxCandidates in csrc/quant_math.h
-_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from asga.ops.autograd import fake_quant_function, mixed_fake_quant_function, plain_eager
+from asga.ops.reference import INPUT_DTYPES, MAX_CANDIDATES
 
 
 def fake_quant(
@@ -67,8 +65,10 @@ def fake_quant(
     _check_scale("scale", scale, input, shape, axis)
     if zero_point is not None:
         _check_scale("zero_point", zero_point, input, shape, axis)
-    run = FakeQuant.apply if plain_eager() else torch.ops.asga.fake_quant
-    return run(input, scale, zero_point, quant_min, quant_max, axis)
+    if not plain_eager():
+        return torch.ops.asga.fake_quant(input, scale, zero_point, quant_min, quant_max, axis)
+    run = fake_quant_function(quant_min, quant_max, axis)
+    return run(input, scale) if zero_point is None else run(input, scale, zero_point)
 
 
 def mixed_fake_quant(
@@ -112,7 +112,7 @@ def mixed_fake_quant(
         CVPR 2020, eq. 10: one convolution of the mixture; Bhalgat et al., "LSQ+", 2020, for the zero points.
     """
     axis = _check_input(input, axis)
-    quant_mins, quant_maxs = list(quant_mins), list(quant_maxs)
+    quant_mins, quant_maxs = tuple(quant_mins), tuple(quant_maxs)
     candidates = len(quant_mins)
     if not 1 <= candidates <= MAX_CANDIDATES:
         raise ValueError(f"quant_mins has {candidates} candidates; between 1 and {MAX_CANDIDATES} are supported")
@@ -136,13 +136,15 @@ def mixed_fake_quant(
     _check_scale("scales", scales, input, (candidates, *channels), axis)
     if zero_points is not None:
         _check_scale("zero_points", zero_points, input, (candidates, *channels), axis)
-    run = MixedFakeQuant.apply if plain_eager() else torch.ops.asga.mixed_fake_quant
-    return run(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
+    if not plain_eager():
+        return torch.ops.asga.mixed_fake_quant(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
+    run = mixed_fake_quant_function(quant_mins, quant_maxs, axis)
+    return run(input, scales, probs) if zero_points is None else run(input, scales, probs, zero_points)
 
 
 def _check_input(input: Tensor, axis: int | None) -> int | None:
     """Check dtype and axis; returns the axis counted from the front."""
-    if input.dtype not in _INPUT_DTYPES:
+    if input.dtype not in INPUT_DTYPES:
         raise TypeError(f"input has dtype {input.dtype}; float32, bfloat16, float16 and float64 are supported")
     if axis is None:
         return None

@@ -27,24 +27,35 @@ library.define(
 )
 
 
+def _check_devices(input: Tensor, **others: Tensor | None) -> None:
+    """Fakes also serve direct calls with meta tensors, and would return memory that nobody wrote to."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(f"{name} is on {tensor.device} but input is on {input.device}")
+
+
 @torch.library.register_fake("asga::fake_quant", lib=library)
 def _(input, scale, zero_point, quant_min, quant_max, axis):
+    _check_devices(input, scale=scale, zero_point=zero_point)
     return torch.empty_like(input)
 
 
 @torch.library.register_fake("asga::fake_quant_backward", lib=library)
 def _(grad, input, scale, zero_point, quant_min, quant_max, axis):
+    _check_devices(input, grad=grad, scale=scale, zero_point=zero_point)
     grad_zero_point = scale.new_empty(0) if zero_point is None else torch.empty_like(zero_point)
     return torch.empty_like(input), torch.empty_like(scale), grad_zero_point
 
 
 @torch.library.register_fake("asga::mixed_fake_quant", lib=library)
 def _(input, scales, probs, zero_points, quant_mins, quant_maxs, axis):
+    _check_devices(input, scales=scales, probs=probs, zero_points=zero_points)
     return torch.empty_like(input)
 
 
 @torch.library.register_fake("asga::mixed_fake_quant_backward", lib=library)
 def _(grad, input, scales, probs, zero_points, quant_mins, quant_maxs, axis):
+    _check_devices(input, grad=grad, scales=scales, probs=probs, zero_points=zero_points)
     grad_zero_points = scales.new_empty(0) if zero_points is None else torch.empty_like(zero_points)
     return torch.empty_like(input), torch.empty_like(scales), torch.empty_like(probs), grad_zero_points
 

@@ -54,7 +54,8 @@ struct Threads {
     if (tasks == 0) return;
     // Values of a thread: about ten microseconds of work, the cost of waking it.
     constexpr int64_t kLeast = 32768;
-    const int64_t values = ceil_div(work.layout.numel(), tasks) * effort, grain = ceil_div(kLeast, values);
+    const int64_t values = ceil_div(work.layout.numel(), tasks) * effort;
+    const int64_t grain = values > 0 ? ceil_div(kLeast, values) : tasks;
     if (tasks <= grain) return run(0, tasks);
     torch::stable::parallel_for(0, tasks, grain, run);
   }

@@ -2,8 +2,6 @@
 // of size b: forward 2b (read x, write y), backward 3b (read g and x, write dx).
 #pragma once
 
-#include <math.h>
-
 #include <vector>
 
 #include "isa.h"
@@ -27,10 +25,9 @@ template <typename compute>
 class GridTable {
  public:
   GridTable(const Work& work, const FakeQuant<compute>& op) : table_(work, 3) {
-    table_.fill(0, [&](int64_t c) { return op.scale[c]; });
-    const auto offset = [&](int64_t c) { return op.zero_point == nullptr ? compute(0) : nearbyint(op.zero_point[c]); };
-    table_.fill(1, [&](int64_t c) { return static_cast<compute>(op.quant_min - offset(c)); });
-    table_.fill(2, [&](int64_t c) { return static_cast<compute>(op.quant_max - offset(c)); });
+    table_.fill(0, [scale = op.scale](int64_t c) { return scale[c]; });
+    table_.fill_bound(1, op.quant_min, op.zero_point);
+    table_.fill_bound(2, op.quant_max, op.zero_point);
   }
   Grids<compute> view() const { return {table_.row(0), table_.row(1), table_.row(2)}; }
 
@@ -46,9 +43,7 @@ void fake_quant_forward(const FakeQuant<compute_t<scalar_t>>& op, const scalar_t
   const GridTable<compute_t<scalar_t>> table(work, op);
   const auto loops = fake_quant_loops<scalar_t>();
   const bool past_caches = larger_than_caches<scalar_t>(work);
-  parallel(work, [&](int64_t begin, int64_t end) {
-    loops.forward(work, table.view(), x, y, past_caches, begin, end);
-  });
+  parallel(work, [&](int64_t begin, int64_t end) { loops.forward(work, table.view(), x, y, past_caches, begin, end); });
 }
 
 // Writes grad_scale [channels] and, where there is a zero point, grad_zero_point [channels].

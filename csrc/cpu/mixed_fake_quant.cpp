@@ -31,8 +31,8 @@ struct Call {
       : scales(to_parameter("scales", scales, input, quant_mins.size() * layout.channels, compute_type(input))),
         probs(to_parameter("probs", probs, input, quant_mins.size(), compute_type(input))) {
     if (zero_points.has_value())
-      this->zero_points = to_parameter("zero_points", *zero_points, input, quant_mins.size() * layout.channels,
-                                       compute_type(input));
+      this->zero_points =
+          to_parameter("zero_points", *zero_points, input, quant_mins.size() * layout.channels, compute_type(input));
     op = {layout,
           static_cast<int>(quant_mins.size()),
           data<compute>(this->scales),

@@ -3,8 +3,6 @@
 // only x is kept between them.
 #pragma once
 
-#include <math.h>
-
 #include <vector>
 
 #include "isa.h"
@@ -34,11 +32,10 @@ class MixedGridTable {
     for (int k = 0; k < candidates; ++k) {
       const compute* scale = op.scales + k * op.layout.channels;
       const compute* zero_point = op.zero_points == nullptr ? nullptr : op.zero_points + k * op.layout.channels;
-      const auto offset = [&](int64_t c) { return zero_point == nullptr ? compute(0) : nearbyint(zero_point[c]); };
-      table_.fill(k, [&](int64_t c) { return compute(1) / scale[c]; });
-      table_.fill(candidates + k, [&](int64_t c) { return scale[c] * op.probs[k]; });
-      table_.fill(2 * candidates + k, [&](int64_t c) { return static_cast<compute>(op.quant_mins[k] - offset(c)); });
-      table_.fill(3 * candidates + k, [&](int64_t c) { return static_cast<compute>(op.quant_maxs[k] - offset(c)); });
+      table_.fill(k, [scale](int64_t c) { return compute(1) / scale[c]; });
+      table_.fill(candidates + k, [scale, prob = op.probs[k]](int64_t c) { return scale[c] * prob; });
+      table_.fill_bound(2 * candidates + k, op.quant_mins[k], zero_point);
+      table_.fill_bound(3 * candidates + k, op.quant_maxs[k], zero_point);
       view_.probs[k] = op.probs[k];
     }
     view_.candidates = candidates;
@@ -63,9 +60,7 @@ void mixed_fake_quant_forward(const MixedFakeQuant<compute_t<scalar_t>>& op, con
   const MixedGridTable<compute_t<scalar_t>> table(work, op);
   const auto loops = mixed_fake_quant_loops<scalar_t>();
   const bool past_caches = larger_than_caches<scalar_t>(work);
-  parallel(work, [&](int64_t begin, int64_t end) {
-    loops.forward(work, table.view(), x, y, past_caches, begin, end);
-  });
+  parallel(work, [&](int64_t begin, int64_t end) { loops.forward(work, table.view(), x, y, past_caches, begin, end); });
 }
 
 // Writes grad_scales [K, channels], grad_probs [K] and, where there are zero points, grad_zero_points [K, channels].

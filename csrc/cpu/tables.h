@@ -1,6 +1,7 @@
 // Parameters per line on the way into the loops, and sums per line on the way out (see work.h for lines).
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #include <vector>
@@ -9,20 +10,37 @@
 
 namespace asga {
 
-// Rows of one value per line, each padded to whole packs of sixteen.
+// Rows of one value per line, each padded to whole packs of sixteen and one more: rows whose distance is a power of two
+// would fight for the same places of the L1 cache.
 template <typename compute>
 class Table {
  public:
-  Table(const Work& work, int64_t rows) : work_(work), stride_((work.lines + 15) / 16 * 16), values_(rows * stride_) {}
+  Table(const Work& work, int64_t rows) : work_(work), stride_((work.lines + 31) / 16 * 16), values_(rows * stride_) {}
 
   // Set a row to value(channel) of each line; the padding repeats the last one.
   template <typename F>
   void fill(int64_t row, const F& value) {
     compute* to = values_.data() + row * stride_;
-    int64_t line = 0;
-    for (; line < work_.lines; ++line) to[line] = value(work_.channel_of(line));
-    for (; line < stride_ && line > 0; ++line) to[line] = to[line - 1];
+    if (work_.columns) {
+      const auto [outer, channels, inner] = work_.layout;
+      for (int64_t line = 0; line < work_.lines;)
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t i = 0; i < inner; ++i) to[line++] = value(c);
+    } else {
+      for (int64_t line = 0; line < work_.lines; ++line) to[line] = value(line);
+    }
+    for (int64_t line = work_.lines; line < stride_ && line > 0; ++line) to[line] = to[line - 1];
   }
+
+  // The same with bound - zero_point[channel], rounded; null is zero.
+  void fill_bound(int64_t row, int64_t bound, const compute* zero_point) {
+    const auto wide = static_cast<compute>(bound);
+    if (zero_point == nullptr)
+      fill(row, [&](int64_t) { return wide; });
+    else
+      fill(row, [&](int64_t c) { return wide - static_cast<compute>(nearbyint(zero_point[c])); });
+  }
+
   const compute* row(int64_t row) const { return values_.data() + row * stride_; }
   int64_t stride() const { return stride_; }
 

@@ -17,63 +17,89 @@ template <typename A>
 struct Grid {
   A scale, low, high;
 
-  __device__ Grid(const A* scales, const A* zero_points, int64_t channel, A quant_min, A quant_max)
-      : scale(scales[channel]) {
+  __device__ void read(const A* scales, const A* zero_points, int64_t channel, A quant_min, A quant_max) {
     const A offset = zero_points == nullptr ? A(0) : round_half_even(zero_points[channel]);
+    scale = scales[channel];
     low = quant_min - offset;
     high = quant_max - offset;
   }
-  __device__ Quantized<A> operator()(A x) const { return quantize(x / scale, low, high); }
+  __device__ Quantized<A> quantize(A x) const { return asga::quantize(x / scale, low, high); }
 };
 
 template <typename T, typename Cut>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<compute_t<T>>)
     forward_kernel(T* __restrict__ output, const T* __restrict__ input, const compute_t<T>* __restrict__ scale,
                    const compute_t<T>* __restrict__ zero_point, compute_t<T> quant_min, compute_t<T> quant_max,
                    const Cut cut) {
   using A = compute_t<T>;
-  const Tile tile = cut.tile();
-  const Grid<A> grid(scale, zero_point, tile.channel, quant_min, quant_max);
+  const auto tile = cut.tile();
+  Grid<A> grids[Cut::kChannels];
+#pragma unroll
+  for (int c = 0; c < Cut::kChannels; ++c) grids[c].read(scale, zero_point, cut.channel(tile, c), quant_min, quant_max);
   cut.template for_each<kVector<T>>(tile, [&](int64_t offset, auto width) {
     constexpr int N = decltype(width)::value;
-    const auto x = load<N>(input + offset);
-    Vector<T, N> y;
+    A x[N], y[N];
+    widen(load<N>(input + offset), x);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      y.values[n] = static_cast<T>(grid(static_cast<A>(x.values[n])).rounded * grid.scale);
+      const Grid<A>& grid = grids[n % Cut::kChannels];
+      y[n] = grid.quantize(x[n]).rounded * grid.scale;
     }
-    store(output + offset, y);
+    store(output + offset, narrow<A, T, N>(y));
   });
 }
 
-// partials[0] collects the terms of the scale's gradient, partials[1] those of the zero point's if there is
-// one.
-template <typename T, typename Cut>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+// partials[0] collects the terms of the scale's gradient, partials[1], with a zero point, the gradients outside the
+// range: those of the zero point without the factor -scale.
+template <typename T, bool kOffset, typename Cut>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<compute_t<T>>)
     backward_kernel(T* __restrict__ grad_input, compute_t<T>* __restrict__ partials, const T* __restrict__ grad,
                     const T* __restrict__ input, const compute_t<T>* __restrict__ scale,
                     const compute_t<T>* __restrict__ zero_point, compute_t<T> quant_min, compute_t<T> quant_max,
                     const Cut cut) {
   using A = compute_t<T>;
-  const Tile tile = cut.tile();
-  const Grid<A> grid(scale, zero_point, tile.channel, quant_min, quant_max);
-  A terms[2] = {};
+  constexpr int kTerms = kOffset ? 2 : 1;
+  const auto tile = cut.tile();
+  Grid<A> grids[Cut::kChannels];
+#pragma unroll
+  for (int c = 0; c < Cut::kChannels; ++c) grids[c].read(scale, zero_point, cut.channel(tile, c), quant_min, quant_max);
+  A terms[kTerms][Cut::kChannels] = {};
   cut.template for_each<kVector<T>>(tile, [&](int64_t offset, auto width) {
     constexpr int N = decltype(width)::value;
-    const auto x = load<N>(input + offset);
-    const auto g = load<N>(grad + offset);
-    Vector<T, N> dx;
+    A x[N], g[N], dx[N];
+    widen(load<N>(input + offset), x);
+    widen(load<N>(grad + offset), g);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const Quantized<A> q = grid(static_cast<A>(x.values[n]));
-      const A g_n = static_cast<A>(g.values[n]);
-      dx.values[n] = q.inside() ? g.values[n] : static_cast<T>(0.0f);
-      terms[0] += g_n * q.scale_term();
-      terms[1] -= q.inside() ? A(0) : g_n * grid.scale;
+      const int c = n % Cut::kChannels;
+      const Quantized<A> q = grids[c].quantize(x[n]);
+      dx[n] = q.if_inside(g[n]);
+      terms[0][c] += g[n] * q.scale_term();
+      if constexpr (kOffset) terms[1][c] += q.if_outside(g[n]);
     }
-    store(grad_input + offset, dx);
+    store(grad_input + offset, narrow<A, T, N>(dx));
   });
-  cut.reduce(terms, zero_point == nullptr ? 1 : 2, tile, partials);
+  cut.reduce(terms, kTerms, tile, partials);
+}
+
+// The gradients of the scales and of the zero points, if there are any: one team per sum over the slots of
+// partials[term][channel][slot].
+template <typename A>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(A* __restrict__ grad_scale, A* __restrict__ grad_zero_point, const A* __restrict__ partials,
+                  const A* __restrict__ scale, int64_t channels, int64_t slots, int team) {
+  const int64_t sum = blockIdx.x * int64_t{kThreads / team} + threadIdx.x / team;
+  const bool of_scale = sum < channels;
+  if (!of_scale && (grad_zero_point == nullptr || sum >= 2 * channels)) return;  // whole teams
+  const A* mine = partials + sum * slots;
+  const double total = team_sum(slots, team, [&](int64_t slot) { return static_cast<double>(mine[slot]); });
+  if (threadIdx.x % team != 0) return;
+  if (of_scale) {
+    grad_scale[sum] = static_cast<A>(total);
+  } else {
+    const int64_t channel = sum - channels;
+    grad_zero_point[channel] = static_cast<A>(total * -static_cast<double>(scale[channel]));
+  }
 }
 
 template <typename T>
@@ -84,21 +110,31 @@ void launch_forward(T* output, const T* input, const compute_t<T>* scale, const 
       [&](const auto& cut) {
         forward_kernel<<<cut.grid(), kThreads, 0, stream>>>(output, input, scale, zero_point, low, high, cut);
       },
-      cut_tiles(layout, kVector<T>, is_aligned(output, input)));
+      cut_tiles<kVector<T>>(layout, kVector<T>, is_aligned(output, input)));
   ASGA_CUDA_CHECK(cudaGetLastError());
 }
 
-template <typename T>
+template <bool kOffset, typename T>
 void launch_backward(T* grad_input, compute_t<T>* partials, const T* grad, const T* input, const compute_t<T>* scale,
-                     const compute_t<T>* zero_point, int64_t quant_min, int64_t quant_max, const Tiles& tiles,
-                     cudaStream_t stream) {
+                     const compute_t<T>* zero_point, int64_t quant_min, int64_t quant_max,
+                     const Tiles<kVector<T>>& tiles, cudaStream_t stream) {
   const auto low = static_cast<compute_t<T>>(quant_min), high = static_cast<compute_t<T>>(quant_max);
   std::visit(
       [&](const auto& cut) {
-        backward_kernel<<<cut.grid(), kThreads, 0, stream>>>(grad_input, partials, grad, input, scale, zero_point, low,
-                                                             high, cut);
+        backward_kernel<T, kOffset>
+            <<<cut.grid(), kThreads, 0, stream>>>(grad_input, partials, grad, input, scale, zero_point, low, high, cut);
       },
       tiles);
+  ASGA_CUDA_CHECK(cudaGetLastError());
+}
+
+template <typename A>
+void launch_finish(A* grad_scale, A* grad_zero_point, const A* partials, const A* scale, int64_t channels,
+                   int64_t slots, cudaStream_t stream) {
+  const int team = team_for(slots);
+  const int64_t sums = grad_zero_point == nullptr ? channels : 2 * channels;
+  const auto blocks = static_cast<unsigned>(ceil_div(sums, kThreads / team));
+  finish_kernel<<<blocks, kThreads, 0, stream>>>(grad_scale, grad_zero_point, partials, scale, channels, slots, team);
   ASGA_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -146,21 +182,20 @@ std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(const Tensor& grad, const
     using T = decltype(zero);
     using A = compute_t<T>;
     const cudaStream_t stream = current_stream(x);
-    const Tiles tiles =
-        cut_tiles(layout, kVector<T>, is_aligned(grad_input.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr()));
+    const Tiles<kVector<T>> tiles = cut_tiles<kVector<T>>(
+        layout, kVector<T>, is_aligned(grad_input.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr()));
+    const int64_t slots_per_channel = slots(tiles);
     const int terms = z.has_value() ? 2 : 1;
     // A single slot per channel holds the sum already.
-    const bool summed = terms == 1 && slots(tiles) == 1;
-    const Tensor partials = summed ? grad_scale : torch::stable::new_empty(s, {terms, layout.channels, slots(tiles)});
-    launch_backward(mutable_data<T>(grad_input), mutable_data<A>(partials), const_data<T>(g), const_data<T>(x),
-                    const_data<A>(s), z.has_value() ? const_data<A>(*z) : nullptr, quant_min, quant_max, tiles, stream);
+    const bool summed = terms == 1 && slots_per_channel == 1;
+    const Tensor partials =
+        summed ? grad_scale : torch::stable::new_empty(s, {terms, layout.channels, slots_per_channel});
+    const auto launch = z.has_value() ? launch_backward<true, T> : launch_backward<false, T>;
+    launch(mutable_data<T>(grad_input), mutable_data<A>(partials), const_data<T>(g), const_data<T>(x), const_data<A>(s),
+           z.has_value() ? const_data<A>(*z) : nullptr, quant_min, quant_max, tiles, stream);
     if (summed) return;
-    const A* none = nullptr;
-    launch_sum_slots(mutable_data<A>(grad_scale), const_data<A>(partials), none, 1, layout.channels, terms,
-                     slots(tiles), stream);
-    if (!z.has_value()) return;
-    launch_sum_slots(mutable_data<A>(grad_zero_point), const_data<A>(partials) + layout.channels * slots(tiles), none,
-                     1, layout.channels, terms, slots(tiles), stream);
+    launch_finish(mutable_data<A>(grad_scale), z.has_value() ? mutable_data<A>(grad_zero_point) : nullptr,
+                  const_data<A>(partials), const_data<A>(s), layout.channels, slots_per_channel, stream);
   });
   return {grad_input, to_layout_of(scale, grad_scale),
           z.has_value() ? to_layout_of(*zero_point, grad_zero_point) : grad_zero_point};

@@ -1,13 +1,15 @@
-// How a tensor x[outer][channels][inner] is cut into tiles, one per team of threads, so that each thread
-// meets a single channel: its scale stays in registers and its partial sums need no atomics. Two ways: along
-// the rows where the values of a channel are contiguous, down the columns where they are not. The cut depends
-// on sizes only, never on the device.
+// How a tensor x[outer][channels][inner] is cut into tiles, one per team of threads, so that each thread meets few
+// channels: their scales stay in registers and their partial sums need no atomics. Two ways: along the rows where the
+// values of a channel are contiguous, down the columns where they are not. The cut depends on sizes only, never on the
+// device.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <variant>
 
@@ -35,32 +37,69 @@ __device__ __forceinline__ void store(T* pointer, const Vector<T, N>& vector) {
   *reinterpret_cast<Vector<T, N>*>(pointer) = vector;
 }
 
+// The values in the dtype of the arithmetic.
+template <typename A, typename T, int N>
+__device__ __forceinline__ void widen(const Vector<T, N>& vector, A (&wide)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) wide[n] = static_cast<A>(vector.values[n]);
+}
+
+// One instruction a value: a bfloat16 is the upper half of a float.
+template <int N>
+__device__ __forceinline__ void widen(const Vector<__nv_bfloat16, N>& vector, float (&wide)[N]) {
+  if constexpr (N == 1) {
+    wide[0] = __bfloat162float(vector.values[0]);
+  } else {
+    uint32_t pairs[N / 2];
+    memcpy(pairs, &vector, sizeof pairs);
+#pragma unroll
+    for (int n = 0; n < N / 2; ++n) {
+      wide[2 * n] = __uint_as_float(pairs[n] << 16);
+      wide[2 * n + 1] = __uint_as_float(pairs[n] & 0xffff0000u);
+    }
+  }
+}
+
+template <typename A, typename T, int N>
+__device__ __forceinline__ Vector<T, N> narrow(const A (&wide)[N]) {
+  Vector<T, N> vector;
+#pragma unroll
+  for (int n = 0; n < N; ++n) vector.values[n] = static_cast<T>(wide[n]);
+  return vector;
+}
+
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A tile: the channel of this thread, where its partial sums go, and a range of offsets (rows) or outer
-// indices (columns).
-struct Tile {
-  int64_t channel, slot, begin, end;
-};
-
-// A row, the `inner` values of one (outer, channel), belongs to a warp if it is short, else to one or more
-// blocks.
+// A row, the `inner` values of one (outer, channel), belongs to a part of a warp if it is short, else to one or more
+// blocks. Every thread meets a single channel.
 struct RowTiles {
+  static constexpr int kChannels = 1;  // that a thread meets
+
   int64_t rows, channels, inner;
   int64_t piece;  // values of a row per tile
   int pieces;     // tiles per row
-  int team;       // threads per tile: a warp or a block
+  int team;       // threads per tile: a block, a warp, or a power of two below
   bool aligned;   // every tensor starts on a 16-byte boundary
+
+  struct Tile {
+    int64_t row, channel, slot, begin, end;
+  };
 
   // One vector per thread while that needs at most this many blocks, then more vectors per thread. Bounds the
   // partial sums to this many per term and gives the large GPUs (about 150 multiprocessors) a dozen blocks
   // each.
   static constexpr int64_t kMaxBlocks = 2048;
+  // Smaller teams would read less than 128 contiguous bytes at a time.
+  static constexpr int kMinTeam = 8;
 
   static RowTiles cut(const ChannelLayout& layout, int vector, bool aligned) {
     const int64_t rows = layout.outer * layout.channels, vectors = ceil_div(layout.inner, vector);
-    // A block for a row that would leave more than half of it idle is better spent on eight rows.
-    if (vectors < kThreads / 2) return {rows, layout.channels, layout.inner, layout.inner, 1, kWarp, aligned};
+    // A block for a row that would leave more than half of it idle is better spent on eight rows or more.
+    if (vectors < kThreads / 2) {
+      int team = kMinTeam;
+      while (team < kWarp && 2 * team < vectors) team *= 2;
+      return {rows, layout.channels, layout.inner, layout.inner, 1, team, aligned};
+    }
     const int64_t most = std::max<int64_t>(1, kMaxBlocks / rows);
     const int64_t piece = ceil_div(vectors, kThreads * most) * kThreads * vector;
     const int pieces = static_cast<int>(ceil_div(layout.inner, piece));
@@ -77,8 +116,10 @@ struct RowTiles {
     const int64_t row = blockIdx.x * int64_t{kThreads / team} + threadIdx.x / team;
     const int64_t outer = row / channels, start = blockIdx.y * piece;
     const int64_t end = row < rows ? min(start + piece, inner) : start;
-    return {row - outer * channels, outer * pieces + blockIdx.y, row * inner + start, row * inner + end};
+    return {row, row - outer * channels, outer * pieces + blockIdx.y, row * inner + start, row * inner + end};
   }
+
+  __device__ int64_t channel(const Tile& tile, int) const { return tile.channel; }
 
   // Calls body(offset, width): vectors where they are aligned, single values before and after them.
   template <int N, typename F>
@@ -87,25 +128,27 @@ struct RowTiles {
     const int64_t first = aligned ? min(ceil_div(tile.begin, N) * N, tile.end) : tile.end;
     const int64_t last = aligned ? max(tile.end / N * N, first) : tile.end;
     const int64_t before = first - tile.begin, singles = before + tile.end - last;
+#pragma unroll 1
     for (int64_t j = lane; j < singles; j += team) {
       body(j < before ? tile.begin + j : last + j - before, std::integral_constant<int, 1>{});
     }
+#pragma unroll 1
     for (int64_t i = first + lane * N; i < last; i += team * N) body(i, std::integral_constant<int, N>{});
   }
 
-  // Writes the team's sum of each of the first `count` terms to partials[term][channel][slot].
+  // Writes the team's sum of each of the first `count` terms to partials[term][channel][slot]. All threads call it.
   template <typename A, int N>
-  __device__ __forceinline__ void reduce(A (&terms)[N], int count, const Tile& tile, A* partials) const {
+  __device__ __forceinline__ void reduce(A (&terms)[N][kChannels], int count, const Tile& tile, A* partials) const {
     const int64_t stride = channels * slots();
     A* mine = partials + tile.channel * slots() + tile.slot;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    if (team == kWarp) {
-      if (tile.begin == tile.end) return;  // the whole warp
+    if (team <= kWarp) {
+      const bool writes = threadIdx.x % team == 0 && tile.row < rows;
 #pragma unroll
       for (int t = 0; t < N; ++t) {
         if (t >= count) break;
-        terms[t] = warp_sum(terms[t]);
-        if (lane == 0) mine[t * stride] = terms[t];
+        const A total = warp_sum(terms[t][0], team);
+        if (writes) mine[t * stride] = total;
       }
       return;
     }
@@ -113,8 +156,8 @@ struct RowTiles {
 #pragma unroll
     for (int t = 0; t < N; ++t) {
       if (t >= count) break;
-      terms[t] = warp_sum(terms[t]);
-      if (lane == 0) warps[warp][t] = terms[t];
+      const A total = warp_sum(terms[t][0]);
+      if (lane == 0) warps[warp][t] = total;
     }
     __syncthreads();
     if (threadIdx.x < count) {
@@ -125,81 +168,103 @@ struct RowTiles {
   }
 };
 
-// A column, the values of one (channel, inner) over all outer indices, belongs to one thread of each block
-// that shares it.
+// A column, the values of one (channel, inner) over all outer indices, belongs to one thread of each block that shares
+// it. A thread takes W adjacent columns and loads them as a vector.
+template <int W>
 struct ColumnTiles {
+  static constexpr int kChannels = W;  // that a thread meets, at most
+
   int64_t outer, channels, inner;
-  int width;       // columns per block
+  int width;       // vectors of columns per block
   int64_t height;  // outer indices per block
   int64_t slices;  // blocks per column
 
-  // Enough to fill the large GPUs; each block leaves `width` partial sums per term.
+  struct Tile {
+    int64_t column, begin, end;  // the first of its columns; a range of outer indices
+  };
+
+  // Enough to fill the large GPUs; each block leaves one partial sum per column and term.
   static constexpr int64_t kMaxBlocks = 1024;
 
   static ColumnTiles cut(const ChannelLayout& layout) {
-    const int64_t columns = layout.channels * layout.inner, blocks = ceil_div(columns, kThreads);
-    const int width = static_cast<int>(ceil_div(columns, blocks)), lanes = kThreads / width;
+    const int64_t vectors = layout.channels * layout.inner / W, blocks = ceil_div(vectors, kThreads);
+    const int width = static_cast<int>(ceil_div(vectors, blocks)), lanes = kThreads / width;
     const int64_t most = std::max<int64_t>(1, kMaxBlocks / blocks);
     const int64_t height = ceil_div(layout.outer, lanes * most) * lanes;
     return {layout.outer, layout.channels, layout.inner, width, height, ceil_div(layout.outer, height)};
   }
 
   dim3 grid() const {
-    return dim3(static_cast<unsigned>(ceil_div(channels * inner, width)), static_cast<unsigned>(slices));
+    return dim3(static_cast<unsigned>(ceil_div(columns(), int64_t{width} * W)), static_cast<unsigned>(slices));
   }
+  __host__ __device__ int64_t columns() const { return channels * inner; }
   __host__ __device__ int64_t slots() const { return inner * slices; }
 
-  // Empty for threads beyond the columns, with a valid channel.
+  // Empty for threads beyond the columns, with valid channels.
   __device__ Tile tile() const {
     const int lane = threadIdx.x / width;
-    const int64_t column = blockIdx.x * int64_t{width} + threadIdx.x % width;
-    if (column >= channels * inner || lane >= kThreads / width) return {0, 0, 0, 0};
-    const int64_t channel = column / inner, begin = blockIdx.y * height + lane;
-    return {channel, blockIdx.y * inner + column - channel * inner, begin, min((blockIdx.y + 1) * height, outer)};
+    const int64_t column = first_column();
+    if (column >= columns() || lane >= kThreads / width) return {0, 0, 0};
+    return {column, blockIdx.y * height + lane, min((blockIdx.y + 1) * height, outer)};
   }
 
+  __device__ int64_t channel(const Tile& tile, int n) const { return (tile.column + n) / inner; }
+
+  // Calls body(offset, width) for vectors of columns.
   template <int N, typename F>
   __device__ __forceinline__ void for_each(const Tile& tile, const F& body) const {
-    const int64_t columns = channels * inner, column = blockIdx.x * int64_t{width} + threadIdx.x % width;
     const int step = kThreads / width;
+#pragma unroll 1
     for (int64_t o = tile.begin; o < tile.end; o += step) {
-      body(o * columns + column, std::integral_constant<int, 1>{});
+      body(o * columns() + tile.column, std::integral_constant<int, W>{});
     }
   }
 
-  // Writes the block's sum of each of the first `count` terms and each column to
-  // partials[term][channel][slot].
+  // Writes the block's sum of each of the first `count` terms and each column to partials[term][channel][slot]. All
+  // threads call it.
   template <typename A, int N>
-  __device__ __forceinline__ void reduce(A (&terms)[N], int count, const Tile& tile, A* partials) const {
+  __device__ __forceinline__ void reduce(A (&terms)[N][kChannels], int count, const Tile& tile, A* partials) const {
     __shared__ A threads[kThreads];
-    const bool writes = threadIdx.x < width && blockIdx.x * int64_t{width} + threadIdx.x < channels * inner;
-    A* mine = partials + tile.channel * slots() + tile.slot;
+    const bool writes = threadIdx.x < width && first_column() < columns();
 #pragma unroll
-    for (int t = 0; t < N; ++t) {
-      if (t >= count) break;
-      threads[threadIdx.x] = terms[t];
-      __syncthreads();
-      if (writes) {
-        A total = 0;
-        for (int j = threadIdx.x; j < kThreads / width * width; j += width) total += threads[j];
-        mine[t * channels * slots()] = total;
+    for (int w = 0; w < W; ++w) {
+      const int64_t column = tile.column + w, owner = channel(tile, w);
+      A* mine = partials + owner * slots() + blockIdx.y * inner + column - owner * inner;
+#pragma unroll
+      for (int t = 0; t < N; ++t) {
+        if (t >= count) break;
+        threads[threadIdx.x] = terms[t][w];
+        __syncthreads();
+        if (writes) {
+          A total = 0;
+          for (int j = threadIdx.x; j < kThreads / width * width; j += width) total += threads[j];
+          mine[t * channels * slots()] = total;
+        }
+        __syncthreads();
       }
-      __syncthreads();
     }
   }
+
+ private:
+  __device__ int64_t first_column() const { return (blockIdx.x * int64_t{width} + threadIdx.x % width) * W; }
 };
 
-using Tiles = std::variant<RowTiles, ColumnTiles>;
+// Where W is the width of the vectors of columns that the registers allow.
+template <int W>
+using Tiles = std::conditional_t<W == 1, std::variant<RowTiles, ColumnTiles<1>>,
+                                 std::variant<RowTiles, ColumnTiles<1>, ColumnTiles<W>>>;
 
-// Columns if the values of a channel are scattered one by one, or in runs shorter than a warp that repeat
-// often.
-inline Tiles cut_tiles(const ChannelLayout& layout, int vector, bool aligned) {
+// Columns if the values of a channel are scattered one by one, or in runs shorter than a warp that repeat often.
+template <int W>
+Tiles<W> cut_tiles(const ChannelLayout& layout, int vector, bool aligned) {
   const bool short_rows = layout.inner < kWarp && layout.outer >= kWarp;
-  if (layout.inner == 1 || short_rows) return ColumnTiles::cut(layout);
-  return RowTiles::cut(layout, vector, aligned);
+  if (layout.inner > 1 && !short_rows) return RowTiles::cut(layout, vector, aligned);
+  if (aligned && layout.channels * layout.inner % W == 0) return ColumnTiles<W>::cut(layout);
+  return ColumnTiles<1>::cut(layout);
 }
 
-inline int64_t slots(const Tiles& tiles) {
+template <typename AnyTiles>
+int64_t slots(const AnyTiles& tiles) {
   return std::visit([](const auto& cut) { return cut.slots(); }, tiles);
 }
 

@@ -42,20 +42,41 @@ def test_holds_the_default_architectures(library):
 def test_no_kernel_spills_registers(library):
     report = _cuobjdump("--dump-resource-usage", library)
     usage = re.findall(r"Function (\S+):\s*REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", report)
-    assert usage
+    names = {name for name, _, _ in usage}
+    for family in ("fake_quant", "mixed_fake_quant"):
+        for kernel in ("forward", "backward", "finish"):
+            assert any(re.search(rf"\d{family}_cu_\w*{kernel}_kernel", name) for name in names)
+    # The bounds of the loops over candidates, without and with zero points, serve all numbers from 1 to 8.
+    for bound in (5, 8):
+        for offset in (0, 1):
+            assert any(f"Li{bound}ELb{offset}E" in name for name in names)
     assert [name for name, stack, local in usage if (stack, local) != ("0", "0")] == []
 
 
-def test_multiply_and_add_are_not_fused(library):
-    """A fused multiply-add rounds once where the definition rounds twice.
+def test_multiply_and_add_are_fused_in_sums_only(library):
+    """Elsewhere a fused multiply-add would round once where the definition rounds twice.
 
-    Only the compiler's own division may use it, and the mixture divides outside its loops: all its kernels
-    hold the same few, whatever they do for a value.
+    Apart from sums only the compiler's own division uses it, and the mixture divides outside its loops: all forward
+    kernels of a bound hold the same few for each channel of a thread, and the backward kernels two more for each
+    value of a body and candidate.
     """
     functions = _cuobjdump("-sass", "-arch", "sm_90", library).split("Function : ")[1:]
-    sweeps = [f for f in functions if re.match(r"\S*mixed_fake_quant_cu\S*(for|back)ward_kernelI(?!d)", f)]
-    assert len(sweeps) >= 6  # two directions, three dtypes
-    assert len({sweep.count("FFMA") for sweep in sweeps}) == 1
+    fused = {"for": {}, "back": {}}
+    for function in functions:
+        found = re.match(
+            r"\S*mixed_fake_quant_cu\S*(for|back)ward_kernelI(\w+?)Li(\d)ELb(\d)ENS_\d+(RowTiles|ColumnTilesILi\d)",
+            function,
+        )
+        if found and found[2] != "d":
+            fused[found[1]][found.groups()[1:]] = function.count("FFMA")
+    assert len(fused["for"]) == len(fused["back"]) >= 24  # three dtypes, two bounds, both with and without, two cuts
+    for (dtype, bound, offset, cut), count in fused["back"].items():
+        values = 1 if cut.endswith("Li1") else 2 if cut.endswith("Li2") else 1 + (4 if dtype == "f" else 8)
+        assert count - fused["for"][dtype, bound, offset, cut] == 2 * int(bound) * values
+    divisions = {}
+    for (_, bound, _, cut), count in fused["for"].items():
+        divisions.setdefault((bound, cut.endswith("Li2")), set()).add(count)
+    assert all(len(counts) == 1 for counts in divisions.values())
 
 
 def test_needs_only_the_stable_interface_of_torch(library):

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[tuple[int, ...], int | None, Callable[[Tensor], Tensor]]]
     "rows-4608": ((3, 512, 3, 3), 0, _plain),
     "rows-odd-1029": ((3, 1029), 0, _plain),
     "rows-long-40003": ((2, 40003), 0, _plain),
+    "rows-groups-of-128": ((40, 128), 0, _plain),
     "rows-middle": ((2, 5, 49), 1, _plain),
     "rows-middle-block": ((2, 3, 1100), 1, _plain),
     "rows-unaligned": ((3, 601), 0, lambda x: x[:, 1:]),
@@ -55,12 +56,17 @@ CASES: dict[str, tuple[tuple[int, ...], int | None, Callable[[Tensor], Tensor]]]
     "columns-3-tall": ((9000, 3), 1, _plain),
     "columns-257": ((40, 257), 1, _plain),
     "columns-600": ((9, 600), 1, _plain),
+    "columns-vectors": ((70, 64), 1, _plain),
+    "columns-vectors-across-channels": ((40, 4, 6), 1, _plain),
+    "columns-vectors-unaligned": ((41, 64), 1, lambda x: x.view(-1)[1 : 1 + 40 * 64].view(40, 64)),
+    "columns-vectors-channels_last": ((2, 72, 5, 3), 1, lambda x: x.contiguous(memory_format=torch.channels_last)),
     "columns-one-row": ((300,), 0, _plain),
     "columns-short-rows": ((64, 5, 9), 1, _plain),
     "columns-channels_last": ((2, 5, 6, 7), 1, lambda x: x.contiguous(memory_format=torch.channels_last)),
     "columns-transposed": ((70, 60), 0, lambda x: x.t().contiguous().t()),
 }
 cases = pytest.mark.parametrize("case", CASES)
+offsets = pytest.mark.parametrize("offset", [False, True], ids=["symmetric", "zero points"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -237,38 +243,60 @@ class TestMixedFakeQuant:
         probs = torch.softmax(torch.linspace(-1.0, 1.0, count), 0)
         return (scales.reshape(count) if axis is None else scales).to(dtype), probs.to(dtype)
 
-    def _check(self, case: str, dtype: torch.dtype, count: int) -> None:
+    def _check(self, case: str, dtype: torch.dtype, count: int, *, offset: bool) -> None:
         input, grad, axis, channels = _make(case, dtype)
         scales, probs = self._candidates(count, channels, axis, dtype)
+        zero_points = self._zero_points(count, channels, axis, dtype) if offset else None
         settings = (list(self.MINS[:count]), list(self.MAXS[:count]))
-        device = [_on_device(t) for t in (grad, input, scales, probs)]
+        device = [None if t is None else _on_device(t) for t in (grad, input, scales, probs, zero_points)]
 
-        output = torch.ops.asga.mixed_fake_quant(*device[1:], None, *settings, axis)
-        _assert_same_bits(output, reference.mixed_fake_quant(input, scales, probs, None, *settings, axis))
+        output = torch.ops.asga.mixed_fake_quant(*device[1:], *settings, axis)
+        _assert_same_bits(output, reference.mixed_fake_quant(input, scales, probs, zero_points, *settings, axis))
 
-        actual = torch.ops.asga.mixed_fake_quant_backward(*device, None, *settings, axis)
-        expected = reference.mixed_fake_quant_backward(grad, input, scales, probs, None, *settings, axis)
+        actual = torch.ops.asga.mixed_fake_quant_backward(*device, *settings, axis)
+        expected = reference.mixed_fake_quant_backward(grad, input, scales, probs, zero_points, *settings, axis)
         _assert_same_bits(actual[0], expected[0])
         flat = [t.flatten() for t in (grad, input)]
-        each = _per_value(scales.reshape(count, channels), input, axis)
-        terms = reference.mixed_fake_quant_backward(*flat, each, probs, None, *settings, 0)[1]
-        _assert_sum(actual[1], expected[1], _sum_magnitudes(terms, input, axis), input)
+        each = [
+            None if t is None else _per_value(t.reshape(count, channels), input, axis) for t in (scales, zero_points)
+        ]
+        terms = reference.mixed_fake_quant_backward(*flat, each[0], probs, each[1], *settings, 0)
+        _assert_sum(actual[1], expected[1], _sum_magnitudes(terms[1], input, axis), input)
         alone = [
-            reference.mixed_fake_quant(flat[1], each[k : k + 1], torch.ones_like(probs[:1]), None, [low], [high], 0)
+            reference.mixed_fake_quant(
+                flat[1],
+                each[0][k : k + 1],
+                torch.ones_like(probs[:1]),
+                None if each[1] is None else each[1][k : k + 1],
+                [low],
+                [high],
+                0,
+            )
             for k, (low, high) in enumerate(zip(*settings, strict=True))
         ]
         magnitude = (torch.stack(alone) * flat[0]).double().abs().sum(1)
         _assert_sum(actual[2], expected[2], magnitude, input)
+        if offset:
+            _assert_sum(actual[3], expected[3], _sum_magnitudes(terms[3], input, axis), input)
+        else:
+            assert actual[3].shape == (0,)
+
+    def _zero_points(self, count: int, channels: int, axis: int | None, dtype: torch.dtype) -> Tensor:
+        zero_points = torch.stack([_zero_point(channels, torch.float64) * (k - 2) for k in range(count)])
+        return (zero_points.reshape(count) if axis is None else zero_points).to(dtype)
 
     @dtypes
     @cases
-    def test_equals_reference(self, case, dtype):
-        self._check(case, dtype, 5)
+    @offsets
+    def test_equals_reference(self, case, dtype, offset):
+        self._check(case, dtype, 5, offset=offset)
 
     @pytest.mark.parametrize("count", range(1, 9), ids="K={}".format)
-    @pytest.mark.parametrize("case", ["tensor-1023", "rows-576", "rows-odd-1029", "columns-7"])
-    def test_every_number_of_candidates(self, case, count):
-        self._check(case, torch.float32, count)
+    @pytest.mark.parametrize("case", ["tensor-1023", "rows-576", "rows-odd-1029", "columns-7", "columns-vectors"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @offsets
+    def test_every_number_of_candidates(self, case, dtype, count, offset):
+        self._check(case, dtype, count, offset=offset)
 
     @dtypes
     def test_nan_passes_through_and_gets_no_gradient(self, dtype):
@@ -292,6 +320,9 @@ class TestMixedFakeQuant:
         assert grads[0].shape == (0, 3)
         assert torch.equal(grads[1], torch.zeros_like(scales))
         assert torch.equal(grads[2], torch.zeros(2, device=DEVICE))
+        assert grads[3].shape == (0,)
+        grads = torch.ops.asga.mixed_fake_quant_backward(input, input, scales, probs, scales, [-2, -4], [1, 3], axis)
+        assert torch.equal(grads[3], torch.zeros_like(scales))
 
     @pytest.mark.parametrize(
         ("mins", "maxs", "message"),
@@ -308,14 +339,76 @@ class TestMixedFakeQuant:
             torch.ops.asga.mixed_fake_quant(torch.ones(3, device=DEVICE), two, two, None, mins, maxs, None)
 
 
-def test_more_than_2_to_31_values():
-    count = 2**31 + 4099
-    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
-        pytest.skip("needs 24 GiB of GPU memory")
-    input = torch.zeros(count, dtype=torch.bfloat16, device=DEVICE)
-    input[-5000:] = torch.linspace(-3, 3, 5000, device=DEVICE)
-    scale = torch.tensor([0.5], device=DEVICE)
-    output = torch.ops.asga.fake_quant(input, scale, None, -4, 3, None)
-    expected = reference.fake_quant(input[-5000:].cpu(), scale.cpu(), None, -4, 3, None)
-    _assert_same_bits(output[-5000:], expected)
-    assert not output[:-5000].any()
+def _all_operators(input: Tensor, grad: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
+    """Everything that the four operators return for an input with one scale per candidate, with zero points."""
+    scales, probs, zero_points = parameters
+    one = (scales[:1], zero_points[:1], -8, 7, None)
+    several = (scales, probs, zero_points, [-2, -8], [1, 7], None)
+    ops = torch.ops.asga
+    return [
+        ops.fake_quant(input, *one),
+        *ops.fake_quant_backward(grad, input, *one),
+        ops.mixed_fake_quant(input, *several),
+        *ops.mixed_fake_quant_backward(grad, input, *several),
+    ]
+
+
+def _parameters() -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(values, device=DEVICE) for values in ([0.5, 0.25], [0.4, 0.6], [-1.4, 2.6]))
+
+
+def test_nothing_waits_for_the_gpu():
+    input, grad = torch.randn(2, 1 << 20, device=DEVICE)
+    parameters = _parameters()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = _all_operators(input, grad, parameters)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert all(result.isfinite().all() for result in results)
+
+
+def test_a_captured_graph_computes_with_new_values():
+    input, grad = torch.randn(2, 1 << 20, device=DEVICE)
+    parameters = _parameters()
+    _all_operators(input, grad, parameters)  # loads the kernels, which a capture does not allow
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _all_operators(input, grad, parameters)
+    input.neg_()
+    parameters[0].mul_(1.5)
+    graph.replay()
+    for actual, expected in zip(captured, _all_operators(input, grad, parameters), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("axis", [None, 1], ids=["rows", "columns"])
+def test_more_than_2_to_31_values(axis):
+    """All zero but for the end, which offsets of 32 bits would not reach."""
+    rows, channels = 2**28 + 513, 8
+    free, _ = torch.cuda.mem_get_info()
+    if free < 20 * 2**30:
+        pytest.skip(f"needs 20 GiB of free GPU memory for four tensors of bfloat16; {free / 2**30:.1f} GiB are free")
+    input = torch.zeros(rows, channels, dtype=torch.bfloat16, device=DEVICE)
+    end = slice(-640, None)
+    input[end] = torch.linspace(-3, 3, 640 * channels, device=DEVICE).view(640, channels)
+    scale = _scale(1 if axis is None else channels, torch.float32)
+    probs = torch.tensor([0.4, 0.6])
+    scales = torch.stack([scale, scale / 2]).reshape(2 if axis is None else (2, channels))
+    on_cpu = input[end].cpu()
+    one, several = (scale, None, -4, 3, axis), (scales, probs, None, [-2, -8], [1, 7], axis)
+    for name, settings in (("fake_quant", one), ("mixed_fake_quant", several)):
+        on_gpu = [s.to(DEVICE) if isinstance(s, Tensor) else s for s in settings]
+        output = getattr(torch.ops.asga, name)(input, *on_gpu)
+        _assert_same_bits(output[end], getattr(reference, name)(on_cpu, *settings))
+        assert not output[:-640].any()
+        del output
+        actual = getattr(torch.ops.asga, f"{name}_backward")(input, input, *on_gpu)
+        expected = getattr(reference, f"{name}_backward")(on_cpu, on_cpu, *settings)
+        _assert_same_bits(actual[0][end], expected[0])
+        assert not actual[0][:-640].any()
+        for got, wanted in zip(actual[1:], expected[1:], strict=True):
+            # Zeros add nothing, so the sums are those of the 5,120 values, in some order.
+            torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-3)
+        del actual

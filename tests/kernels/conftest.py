@@ -1,16 +1,14 @@
-"""Without a CUDA device the kernels run in Triton's interpreter, on CPU tensors; with one, compiled."""
+"""Without a CUDA device the kernels run in Triton's interpreter, on CPU tensors; with one, compiled.
 
-import os
+See ../conftest.py for the switch.
+"""
+
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-
-# Triton reads this when it decorates a kernel, so it must stand before the first import of asga.kernels.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # NaN, infinities, zeros, subnormals, large values; the last row: ties and a value above the range at scale
 # 1/4.

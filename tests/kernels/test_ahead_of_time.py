@@ -19,7 +19,8 @@ import pytest
 import torch
 
 ARCHITECTURES = [80, 90, 100]
-CANDIDATES = 5
+DEFAULT_CANDIDATES = 5
+MAX_CANDIDATES = 8
 # Name, shape, axis and dtype of an input. All but the last are aligned, as those of most layers are.
 INPUTS = [
     ("per tensor, float32", (64, 1024), None, torch.float32),
@@ -29,6 +30,8 @@ INPUTS = [
     ("channels innermost, float32", (4096, 512), 1, torch.float32),
     ("depthwise, bfloat16", (512, 9), 0, torch.bfloat16),
 ]
+# Those whose kernels keep the most sums: compiled for other numbers of candidates, too.
+WIDEST = ("per channel, bfloat16", "channels innermost, float32")
 
 
 def _compile_all() -> list[dict]:
@@ -64,24 +67,37 @@ def _compile_all() -> list[dict]:
     JITFunction.run = compile_only
     for architecture in ARCHITECTURES:
         driver.set_active(Target(architecture))
-        for name, shape, axis, dtype in INPUTS:  # noqa: B007 (compile_only reads the name)
-            _launch_all(torch.zeros(shape, dtype=dtype), axis)
+        for name, shape, axis, dtype in INPUTS:  # compile_only reads the name
+            x = torch.zeros(shape, dtype=dtype)
+            # float32 with and bfloat16 without zero points: a representative half of the combinations
+            _launch_single(x, axis, offset=dtype == torch.float32)
+            _launch_mixture(x, axis, DEFAULT_CANDIDATES, offset=dtype == torch.float32)
+            if name in WIDEST:
+                _launch_mixture(x, axis, MAX_CANDIDATES, offset=True)
+            if name in WIDEST and architecture == 90:
+                for candidates in range(2, MAX_CANDIDATES + 1):
+                    _launch_mixture(x, axis, candidates, offset=candidates % 2 == 1)
     return list(records.values())
 
 
-def _launch_all(x: torch.Tensor, axis: int | None) -> None:
-    from asga.kernels import fake_quant, mixed_fake_quant
+def _launch_single(x: torch.Tensor, axis: int | None, *, offset: bool) -> None:
+    from asga.kernels import fake_quant
 
-    channels = () if axis is None else (x.shape[axis],)
-    scale, scales, probs = torch.ones(channels), torch.ones(CANDIDATES, *channels), torch.ones(CANDIDATES)
-    # float32 with and bfloat16 without a zero point: a representative half of the combinations
-    zero_point = torch.ones(channels) if x.dtype == torch.float32 else None
-    fixed = (scale, zero_point, -8, 7, axis)
-    fake_quant.fake_quant(x, *fixed)
-    fake_quant.fake_quant_backward(x, x, *fixed)
-    mixture = (scales, probs, None, [-2, -4, -8, -32, -128], [1, 3, 7, 31, 127], axis)
-    mixed_fake_quant.mixed_fake_quant(x, *mixture)
-    mixed_fake_quant.mixed_fake_quant_backward(x, x, *mixture)
+    scale = torch.ones(() if axis is None else (x.shape[axis],))
+    arguments = (scale, torch.ones_like(scale) if offset else None, -8, 7, axis)
+    fake_quant.fake_quant(x, *arguments)
+    fake_quant.fake_quant_backward(x, x, *arguments)
+
+
+def _launch_mixture(x: torch.Tensor, axis: int | None, candidates: int, *, offset: bool) -> None:
+    from asga.kernels import mixed_fake_quant
+
+    scales = torch.ones(candidates, *(() if axis is None else (x.shape[axis],)))
+    zero_points = torch.ones_like(scales) if offset else None
+    ranges = ([-(2**k) for k in range(1, candidates + 1)], [2**k - 1 for k in range(1, candidates + 1)])
+    arguments = (scales, torch.ones(candidates), zero_points, *ranges, axis)
+    mixed_fake_quant.mixed_fake_quant(x, *arguments)
+    mixed_fake_quant.mixed_fake_quant_backward(x, x, *arguments)
 
 
 def _inspect(compiled) -> dict:

@@ -213,6 +213,41 @@ _BAD = {
         ValueError,
         r"zero_points has shape \(2,\); for axis 1 of an input of shape \(4, 6\) it must be \(2, 6\)",
     ),
+    "groups that do not divide": (
+        lambda: fake_quant(X, torch.ones(4, 1), quant_min=-8, quant_max=7, group_size=4),
+        ValueError,
+        "group_size is 4, which does not divide the last dimension of input, 6",
+    ),
+    "groups of a mixture that do not divide": (
+        lambda: mixed_fake_quant(X, torch.ones(2, 4, 1), MIXTURE["probs"], **RANGES, group_size=5),
+        ValueError,
+        "group_size is 5, which does not divide the last dimension of input, 6",
+    ),
+    "scales of other groups": (
+        lambda: fake_quant(X, torch.ones(4, 3), quant_min=-8, quant_max=7, group_size=3),
+        ValueError,
+        r"scale has shape \(4, 3\); for the groups of an input of shape \(4, 6\) it must be \(4, 2\)",
+    ),
+    "zero points of other groups": (
+        lambda: mixed_fake_quant(X, torch.ones(2, 4, 2), MIXTURE["probs"], torch.ones(2, 4, 1), **RANGES, group_size=3),
+        ValueError,
+        r"zero_points has shape \(2, 4, 1\); for the groups of an input of shape \(4, 6\) it must be \(2, 4, 2\)",
+    ),
+    "complex scale": (
+        lambda: fake_quant(X, **{**_ONE, "scale": SCALE + 1j}),
+        TypeError,
+        "scale has dtype torch.complex64; a real floating-point tensor is needed",
+    ),
+    "probabilities on another device": (
+        lambda: mixed_fake_quant(X, **{**_SEVERAL, "probs": torch.ones(2, device="meta")}),
+        ValueError,
+        "probs is on meta but input is on cpu",
+    ),
+    "input on another device": (
+        lambda: fake_quant(X.to("meta"), **_ONE),
+        ValueError,
+        "scale is on cpu but input is on meta",
+    ),
     "axis of a mixture": (lambda: mixed_fake_quant(X, **_SEVERAL, axis=5), ValueError, "axis is 5, out of range"),
 }
 
@@ -224,6 +259,81 @@ def test_bad_arguments_are_named(call, error, message, name):
         call()
 
 
+# Calls that pass by the checks above. The arguments, and what is wrong with them.
+_MIXTURE = (MIXTURE["scales"], MIXTURE["probs"], None, RANGES["quant_mins"], RANGES["quant_maxs"])
+_DIRECT = {
+    "scale too short": (ops.fake_quant, (X, SCALE, None, -8, 7, 1), "scale has 1 elements, but 6 are needed"),
+    "scale too long": (ops.fake_quant, (X, torch.ones(4), None, -8, 7, None), "scale has 4 elements, but 1 are"),
+    "zero point too short": (ops.fake_quant, (X, torch.ones(6), SCALE, -8, 7, 1), "zero_point has 1 elements, but 6"),
+    "axis too large": (ops.fake_quant, (X, SCALE, None, -8, 7, 2), "axis is 2, but input has 2 dimensions"),
+    "axis from the end": (ops.fake_quant, (X, torch.ones(6), None, -8, 7, -1), "axis is -1, but input has 2"),
+    "integer input": (ops.fake_quant, (X.int(), SCALE, None, -8, 7, None), "input has dtype"),
+    "complex input": (ops.fake_quant, (X + 0j, SCALE, None, -8, 7, None), "input has dtype"),
+    "scale on another device": (ops.fake_quant, (X, _META, None, -8, 7, None), "scale is on meta but input is on cpu"),
+    "gradient of another shape": (
+        ops.fake_quant_backward,
+        (X[0], X, SCALE, None, -8, 7, None),
+        "grad does not have the shape of input",
+    ),
+    "gradient on another device": (
+        ops.fake_quant_backward,
+        (X.to("meta"), X, SCALE, None, -8, 7, None),
+        "grad is on meta but input is on cpu",
+    ),
+    "scale too short, backward": (ops.fake_quant_backward, (X, X, SCALE, None, -8, 7, 0), "scale has 1 elements"),
+    "scales of fewer candidates": (
+        ops.mixed_fake_quant,
+        (X, SCALE, *_MIXTURE[1:], None),
+        "scales has 1 elements, but 2 are needed",
+    ),
+    "scales without the channels": (ops.mixed_fake_quant, (X, *_MIXTURE, 0), "scales has 2 elements, but 8 are"),
+    "too few probabilities": (
+        ops.mixed_fake_quant,
+        (X, _MIXTURE[0], SCALE, *_MIXTURE[2:], None),
+        "probs has 1 elements, but 2 are needed",
+    ),
+    "too few zero points": (
+        ops.mixed_fake_quant,
+        (X, *_MIXTURE[:2], SCALE, *_MIXTURE[3:], None),
+        "zero_points has 1 elements, but 2 are needed",
+    ),
+    "ranges of different lengths": (
+        ops.mixed_fake_quant,
+        (X, *_MIXTURE[:4], [1], None),
+        "quant_maxs has 1 entries but quant_mins has 2",
+    ),
+    "no candidate": (ops.mixed_fake_quant, (X, *_MIXTURE[:3], [], [], None), "quant_mins has 0 candidates"),
+    "too many candidates": (
+        ops.mixed_fake_quant,
+        (X, torch.ones(9), torch.ones(9), None, [-2] * 9, [1] * 9, None),
+        "quant_mins has 9 candidates; between 1 and 8 are supported",
+    ),
+    "axis of a mixture": (ops.mixed_fake_quant, (X, *_MIXTURE, 7), "axis is 7, but input has 2 dimensions"),
+    "gradient of a mixture": (
+        ops.mixed_fake_quant_backward,
+        (X[:, :5], X, *_MIXTURE, None),
+        "grad does not have the shape of input",
+    ),
+    "too few zero points, backward": (
+        ops.mixed_fake_quant_backward,
+        (X, X, *_MIXTURE[:2], SCALE, *_MIXTURE[3:], None),
+        "zero_points has 1 elements, but 2 are needed",
+    ),
+    "probabilities on another device, backward": (
+        ops.mixed_fake_quant_backward,
+        (X, X, _MIXTURE[0], torch.ones(2, device="meta"), *_MIXTURE[2:], None),
+        "probs is on meta but input is on cpu",
+    ),
+}
+
+
+@per_backend
+@pytest.mark.parametrize(("op", "arguments", "message"), _DIRECT.values(), ids=_DIRECT)
+def test_direct_calls_that_do_not_fit_are_refused(op, arguments, message, name):
+    with backend(name), pytest.raises(RuntimeError, match=message):
+        op(*arguments)
+
+
 def _needs_grad(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.clone().requires_grad_() for tensor in tensors]
 
@@ -231,6 +341,7 @@ def _needs_grad(*tensors: Tensor | None) -> list[Tensor | None]:
 _CHANNEL_SCALE = torch.linspace(0.1, 1, 6)
 # A transposed input and scales in another memory order: strides are part of what a fake promises.
 _CHANNEL_SCALES = torch.linspace(0.1, 1, 12).reshape(6, 2).t()
+_GROUP_SCALES = torch.linspace(0.1, 1, 16).reshape(2, 8)
 _ONE_SETTINGS = (-8, 7)
 _SEVERAL_SETTINGS = (RANGES["quant_mins"], RANGES["quant_maxs"])
 _OPCHECKS = {
@@ -261,6 +372,28 @@ _OPCHECKS = {
         ops.mixed_fake_quant_backward,
         (X, X, _CHANNEL_SCALES, MIXTURE["probs"], None, *_SEVERAL_SETTINGS, 1),
     ),
+    "mixed_fake_quant, zero points": (
+        ops.mixed_fake_quant,
+        (*_needs_grad(X, _CHANNEL_SCALES, MIXTURE["probs"], 4 * _CHANNEL_SCALES), *_SEVERAL_SETTINGS, 1),
+    ),
+    "mixed_fake_quant_backward, zero points": (
+        ops.mixed_fake_quant_backward,
+        (X, X, _CHANNEL_SCALES, MIXTURE["probs"], 4 * _CHANNEL_SCALES, *_SEVERAL_SETTINGS, 1),
+    ),
+    # As the public functions call the operators for groups of three.
+    "fake_quant, groups": (
+        ops.fake_quant,
+        (*_needs_grad(X.reshape(-1, 3), _GROUP_SCALES[0], 4 * _GROUP_SCALES[1]), *_ONE_SETTINGS, 0),
+    ),
+    "mixed_fake_quant, groups": (
+        ops.mixed_fake_quant,
+        (*_needs_grad(X.reshape(-1, 3), _GROUP_SCALES, MIXTURE["probs"], 4 * _GROUP_SCALES), *_SEVERAL_SETTINGS, 0),
+    ),
+    "fake_quant, nothing": (ops.fake_quant, (*_needs_grad(X[:0], SCALE, SCALE), *_ONE_SETTINGS, None)),
+    "mixed_fake_quant, nothing": (
+        ops.mixed_fake_quant,
+        (*_needs_grad(X[:0], MIXTURE["scales"], MIXTURE["probs"], None), *_SEVERAL_SETTINGS, None),
+    ),
 }
 
 
@@ -269,14 +402,6 @@ _OPCHECKS = {
 def test_opcheck(op, arguments, name):
     with backend(name):
         torch.library.opcheck(op.default, arguments)
-
-
-def test_opcheck_of_a_mixture_with_zero_points():
-    forward = (*_needs_grad(X, _CHANNEL_SCALES, MIXTURE["probs"], 4 * _CHANNEL_SCALES), *_SEVERAL_SETTINGS, 1)
-    with backend("reference"):
-        torch.library.opcheck(ops.mixed_fake_quant.default, forward)
-        backward = (X, *(tensor.detach() for tensor in forward[:4]), *forward[4:])
-        torch.library.opcheck(ops.mixed_fake_quant_backward.default, backward)
 
 
 class Quantizer(torch.nn.Module):
@@ -288,10 +413,17 @@ class Quantizer(torch.nn.Module):
         self.zero_point = torch.nn.Parameter(torch.linspace(-1, 1, 6))
         self.scales = torch.nn.Parameter(MIXTURE["scales"].clone())
         self.probs = torch.nn.Parameter(MIXTURE["probs"].clone())
+        self.zero_points = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        self.weight = torch.nn.Parameter(X.clone())
+        self.group_scale = torch.nn.Parameter(_GROUP_SCALES[0].reshape(4, 2).clone())
+        self.group_scales = torch.nn.Parameter(_GROUP_SCALES.reshape(2, 4, 2).clone())
 
     def forward(self, x: Tensor) -> Tensor:
         x = fake_quant(x, self.scale, self.zero_point, quant_min=-8, quant_max=7, axis=-1)
-        return mixed_fake_quant(x, self.scales, self.probs, **RANGES)
+        x = mixed_fake_quant(x, self.scales, self.probs, self.zero_points, **RANGES)
+        weight = fake_quant(self.weight, self.group_scale, quant_min=-8, quant_max=7, group_size=3)
+        weight = mixed_fake_quant(weight, self.group_scales, self.probs, **RANGES, group_size=3)
+        return torch.nn.functional.linear(x, weight)
 
 
 def _gradients(module: torch.nn.Module, run, x: Tensor) -> list[Tensor]:
@@ -326,12 +458,13 @@ class TestTorch:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_autocast_leaves_the_dtype_alone(self, dtype):
-        module = Quantizer()
         with torch.autocast("cpu", dtype):
             assert (X @ X.t()).dtype == dtype
-            y = module(X)
-        assert y.dtype == torch.float32
-        assert torch.equal(y, module(X))
+            one = fake_quant(X, SCALE, quant_min=-8, quant_max=7)
+            mixture = mixed_fake_quant(X.double(), **MIXTURE, **RANGES)
+            low = fake_quant(X.to(dtype), SCALE, quant_min=-8, quant_max=7)
+        assert (one.dtype, mixture.dtype, low.dtype) == (torch.float32, torch.float64, dtype)
+        assert torch.equal(one, fake_quant(X, SCALE, quant_min=-8, quant_max=7))
 
     @per_backend
     @pytest.mark.parametrize("given", ["input", "scale"])
@@ -357,3 +490,69 @@ class TestTorch:
             x, scales, probs = _needs_grad(X, MIXTURE["scales"], MIXTURE["probs"])
             mixed_fake_quant(x, scales, probs, **RANGES)
         assert saved == [x.data_ptr(), scales.data_ptr(), probs.data_ptr()]
+
+
+# Name: a function of the tensors it is differentiated by, and these.
+_TRANSFORMED = {
+    "fake_quant": (
+        lambda x, s, z: fake_quant(x, s, z, quant_min=-8, quant_max=7, axis=-1).square().sum(),
+        (X, _CHANNEL_SCALE, 4 * _CHANNEL_SCALE),
+    ),
+    "fake_quant, groups": (
+        lambda x, s: fake_quant(x, s, quant_min=-8, quant_max=7, group_size=3).square().sum(),
+        (X, _GROUP_SCALES[0].reshape(4, 2)),
+    ),
+    "mixed_fake_quant": (
+        lambda x, s, p, z: mixed_fake_quant(x, s, p, z, **RANGES).square().sum(),
+        (X, MIXTURE["scales"], MIXTURE["probs"], torch.tensor([1.0, -2.0])),
+    ),
+}
+
+
+@per_backend
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap without a rule of our own is a loop
+@pytest.mark.parametrize(("function", "tensors"), _TRANSFORMED.values(), ids=_TRANSFORMED)
+class TestFunctionTransforms:
+    def test_grad_and_vjp_are_those_of_autograd(self, function, tensors, name):
+        leaves = _needs_grad(*tensors)
+        with backend(name):
+            expected = torch.autograd.grad(function(*leaves), leaves)
+            every = tuple(range(len(tensors)))
+            assert all(map(torch.equal, torch.func.grad(function, argnums=every)(*tensors), expected))
+            _, pull = torch.func.vjp(function, *tensors)
+            assert all(map(torch.equal, pull(torch.tensor(1.0)), expected))
+
+    def test_vmap_is_the_loop_or_says_that_it_is_not_there(self, function, tensors, name):
+        several = torch.stack([X, 2 * X, X - 1])
+        with backend(name):
+            expected = torch.stack([function(x, *tensors[1:]) for x in several])
+            assert _is_or_is_refused(lambda: torch.func.vmap(lambda x: function(x, *tensors[1:]))(several), expected)
+
+    def test_vmap_of_grad_is_the_loop_or_says_that_it_is_not_there(self, function, tensors, name):
+        several = torch.stack([X, 2 * X, X - 1])
+        with backend(name):
+            leaf = several.clone().requires_grad_()
+            (expected,) = torch.autograd.grad(sum(function(x, *tensors[1:]) for x in leaf), leaf)
+            gradient = torch.func.grad(lambda x: function(x, *tensors[1:]))
+            assert _is_or_is_refused(lambda: torch.func.vmap(gradient)(several), expected)
+
+    def test_forward_mode_is_right_or_refused_but_never_zero(self, function, tensors, name):
+        with backend(name):
+            leaf = X.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(function(leaf, *tensors[1:]), leaf)
+            expected = (gradient * X).sum()
+            assert _is_or_is_refused(
+                lambda: torch.func.jvp(lambda x: function(x, *tensors[1:]), (X,), (X,))[1], expected
+            )
+
+
+def _is_or_is_refused(call, expected: Tensor) -> bool:
+    """Either the right values, or an error that names the transform."""
+    try:
+        found = call()
+    except (RuntimeError, NotImplementedError) as error:
+        # What torch says of any function that is not prepared for transforms helps nobody.
+        message = str(error)
+        return "setup_context" not in message and any(word in message for word in ("vmap", "jvp", "forward"))
+    torch.testing.assert_close(found, expected)
+    return True

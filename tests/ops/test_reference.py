@@ -176,90 +176,6 @@ class TestGradientsByHand:
         assert zero_points.grad.tolist() == [3 * 0.5 * -0.5, 0.0]
 
 
-class TestGradientsByDifferences:
-    """A straight-through gradient is the derivative with the rounding residual round(v) - v held fixed.
-
-    So gradcheck takes differences of a smooth function whose residuals are constants, computed once, and compares
-    them with what the operator's backward returns. No value lies near a kink, an end of the range.
-    """
-
-    @pytest.mark.parametrize("axis", [None, 0, 1, 2], ids=lambda axis: f"axis {axis}")
-    @pytest.mark.parametrize("with_zero_point", [False, True], ids=["symmetric", "zero point"])
-    @double_backends
-    def test_fake_quant(self, axis, with_zero_point, name):
-        x, scale, zero_point = _random(axis, torch.float64)
-        zero_point = zero_point if with_zero_point else torch.zeros_like(zero_point)
-        residual = _residual(x / _spread(scale, x, axis))
-        offset_residual = _residual(zero_point)
-
-        class Surrogate(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x, scale, zero_point):
-                ctx.save_for_backward(x, scale, zero_point)
-                z = _spread(zero_point + offset_residual, x, axis)
-                return _smooth(x, _spread(scale, x, axis), residual, -3 - z, 4 - z)
-
-            @staticmethod
-            def backward(ctx, grad):
-                return ops.fake_quant_backward(grad, *ctx.saved_tensors, -3, 4, axis)
-
-        inputs = [v.requires_grad_() for v in (x, scale, zero_point)]
-        with backend(name):
-            assert torch.autograd.gradcheck(Surrogate.apply, inputs)
-
-    @pytest.mark.parametrize("axis", [None, 0, 1, 2], ids=lambda axis: f"axis {axis}")
-    @double_backends
-    def test_mixed_fake_quant(self, axis, name):
-        x, scale, _ = _random(axis, torch.float64)
-        scales = torch.cat([scale, 0.5 * scale]) if axis is None else torch.stack([scale, 0.5 * scale])
-        probs = torch.tensor([0.3, 0.7], dtype=torch.float64)
-        mins, maxs = [-2, -3], [1, 4]
-        residuals = [_residual(x / _spread(s, x, axis)) for s in scales]
-
-        class Surrogate(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x, scales, probs):
-                ctx.save_for_backward(x, scales, probs)
-                return sum(
-                    p * _smooth(x, _spread(s, x, axis), residual, low, high)
-                    for p, s, residual, low, high in zip(probs, scales, residuals, mins, maxs, strict=True)
-                )
-
-            @staticmethod
-            def backward(ctx, grad):
-                return ops.mixed_fake_quant_backward(grad, *ctx.saved_tensors, None, mins, maxs, axis)[:3]
-
-        inputs = [v.requires_grad_() for v in (x, scales, probs)]
-        with backend(name):
-            assert torch.autograd.gradcheck(Surrogate.apply, inputs)
-
-    @pytest.mark.parametrize("axis", [None, 0, 1, 2], ids=lambda axis: f"axis {axis}")
-    def test_mixed_fake_quant_with_zero_points(self, axis):
-        x, scale, zero_point = _random(axis, torch.float64)
-        scales, zero_points = torch.stack([scale, 0.5 * scale]), torch.stack([zero_point, -2 * zero_point])
-        probs = torch.tensor([0.3, 0.7], dtype=torch.float64)
-        mins, maxs = [-2, -3], [1, 4]
-        residuals = [_residual(x / _spread(s, x, axis)) for s in scales]
-        offset_residuals = _residual(zero_points)
-
-        class Surrogate(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x, scales, probs, zero_points):
-                ctx.save_for_backward(x, scales, probs, zero_points)
-                offsets = [_spread(z, x, axis) for z in zero_points + offset_residuals]
-                return sum(
-                    p * _smooth(x, _spread(s, x, axis), residual, low - z, high - z)
-                    for p, s, residual, z, low, high in zip(probs, scales, residuals, offsets, mins, maxs, strict=True)
-                )
-
-            @staticmethod
-            def backward(ctx, grad):
-                return reference.mixed_fake_quant_backward(grad, *ctx.saved_tensors, mins, maxs, axis)
-
-        inputs = [v.requires_grad_() for v in (x, scales, probs, zero_points)]
-        assert torch.autograd.gradcheck(Surrogate.apply, inputs)
-
-
 def _random(axis: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Values in and out of the range, with their scales and zero points.
 
@@ -276,14 +192,3 @@ def _random(axis: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
 
 def _spread(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
     return parameter.reshape([-1 if d == axis else 1 for d in range(x.dim())])
-
-
-def _residual(v: Tensor) -> Tensor:
-    return (torch.round(v) - v).detach()
-
-
-def _smooth(x: Tensor, scale: Tensor, residual: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """A quantizer with a given rounding residual; its range is decided before rounding, as in LSQ."""
-    v = x / scale
-    low, high = (torch.as_tensor(bound, dtype=v.dtype) for bound in (low, high))
-    return torch.where(v < low, low, torch.where(v > high, high, v + residual)) * scale

@@ -69,12 +69,11 @@ struct Backward {
     const scalar_t *g = grad + offset, *x = input + offset;
     scalar_t* dx = grad_input + offset;
     V local[kTerms][kRegisters<V>];  // no store can alias it
-    memcpy(local, terms, sizeof local);
+    copy_registers(local, terms);
     for (int64_t i = 0; i < count; ++i, g += stride, x += stride, dx += stride)
       for (int r = 0; r < kRegisters<V>; ++r)
-        store<kPastCaches>(dx + r * kWidth<V>,
-                           value(load(g + r * kWidth<V>), load(x + r * kWidth<V>), pack, r, local));
-    memcpy(terms, local, sizeof local);
+        store<kPastCaches>(dx + r * kWidth<V>, value(load(g + r * kWidth<V>), load(x + r * kWidth<V>), pack, r, local));
+    copy_registers(terms, local);
   }
 
   ASGA_INLINE void tail(int64_t line, int64_t offset, int count) {
@@ -104,9 +103,8 @@ struct Backward {
 template <typename scalar_t>
 void forward(const Work& work, const Grids<compute_t<scalar_t>>& grids, const scalar_t* input, scalar_t* output,
              bool past_caches, int64_t begin, int64_t end) {
-  sweep(work, past_caches, output, begin, end, [&](auto columns, auto past) {
-    return Forward<scalar_t, columns.value, past.value>{grids, input, output};
-  });
+  sweep(work, past_caches, output, begin, end,
+        [&](auto columns, auto past) { return Forward<scalar_t, columns.value, past.value>{grids, input, output}; });
 }
 
 template <typename scalar_t>

@@ -260,7 +260,14 @@ ASGA_INLINE V parameter(const compute* table, int part) {
   if constexpr (kColumns)
     return load(table + part * kWidth<V>);
   else
-    return V{} + *table;
+    return *table - V{};  // not 0 + x, which the compiler must compute: it would turn -0 into 0
+}
+
+// Register by register: what the compiler makes of memcpy stalls on its own stores.
+template <typename V, int kRows, int kColumns>
+ASGA_INLINE void copy_registers(V (&to)[kRows][kColumns], const V (&from)[kRows][kColumns]) {
+  for (int row = 0; row < kRows; ++row)
+    for (int column = 0; column < kColumns; ++column) to[row][column] = from[row][column];
 }
 
 // Sum of the lanes of a pack in double, always in the same order: the halves, their halves ...
@@ -278,6 +285,17 @@ template <typename V>
 ASGA_INLINE void add_lanes(double* to, const V* parts, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane)
     to[lane] += static_cast<double>(parts[lane / kWidth<V>][lane % kWidth<V>]);
+}
+
+// Rounds half to even, but may give -0.0: one instruction where there is one. Only for terms of sums.
+template <typename V>
+ASGA_INLINE V round_to_term(V x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (kWidth<V> == 8)
+    return reinterpret_cast<V>(
+        _mm256_round_ps(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+  return round_half_even(x);
 }
 
 }  // namespace

@@ -113,9 +113,8 @@ struct Backward {
     for (int r = 1; r < R; ++r)
       if (count <= r * kWidth<V>) values[r] = values[0];
     differentiate(line, grads, values, passed);
-    for_each_part<V>(count, [&](int r, int some) {
-      store_some(grad_input + offset + r * kWidth<V>, grads[r] * passed[r], some);
-    });
+    for_each_part<V>(
+        count, [&](int r, int some) { store_some(grad_input + offset + r * kWidth<V>, grads[r] * passed[r], some); });
   }
 
   ASGA_INLINE void add_sums(int64_t slot, int64_t line, int64_t count) {
@@ -132,20 +131,21 @@ struct Backward {
     for (int j = 0; j < N; ++j) passed[j] = V{};
     for (int k = 0; k < grids.candidates; ++k) {
       const int64_t at = k * grids.stride + line;
-      const V prob = V{} + grids.probs[k];
+      const V prob = parameter<false, V>(grids.probs + k, 0);
       V inverse[R], low[R], high[R], local[kTerms][R];
       load_parameters<V, kColumns>(inverse, grids.inverse + at);
       load_parameters<V, kColumns>(low, grids.low + at);
       load_parameters<V, kColumns>(high, grids.high + at);
-      memcpy(local, terms[k], sizeof local);
+      copy_registers(local, terms[k]);
       for (int j = 0; j < N; ++j) {
-        const Quantized<V> q = quantize(values[j] * inverse[j % R], low[j % R], high[j % R]);
+        const V scaled = values[j] * inverse[j % R], clamped = clamp_propagate_nan(scaled, low[j % R], high[j % R]);
+        const Quantized<V> q{scaled, clamped, round_to_term(clamped)};
         passed[j] += q.if_inside(prob);
         local[0][j % R] += grads[j] * q.scale_term();
         local[1][j % R] += grads[j] * q.rounded;
         if constexpr (kTerms == 3) local[2][j % R] += q.if_outside(grads[j]);
       }
-      memcpy(terms[k], local, sizeof local);
+      copy_registers(terms[k], local);
     }
   }
 };
@@ -153,9 +153,8 @@ struct Backward {
 template <typename scalar_t>
 void forward(const Work& work, const MixedGrids<compute_t<scalar_t>>& grids, const scalar_t* input, scalar_t* output,
              bool past_caches, int64_t begin, int64_t end) {
-  sweep(work, past_caches, output, begin, end, [&](auto columns, auto past) {
-    return Forward<scalar_t, columns.value, past.value>{grids, input, output};
-  });
+  sweep(work, past_caches, output, begin, end,
+        [&](auto columns, auto past) { return Forward<scalar_t, columns.value, past.value>{grids, input, output}; });
 }
 
 template <typename scalar_t>

@@ -80,8 +80,7 @@ ASGA_INLINE void sweep_columns(const Work& work, int64_t begin, int64_t end, Bod
         if (count == kLanes)
           body.packs(line, row * work.width + line, rows, work.width);
         else
-          for (int64_t i = 0; i < rows; ++i)
-            body.tail(line, (row + i) * work.width + line, static_cast<int>(count));
+          for (int64_t i = 0; i < rows; ++i) body.tail(line, (row + i) * work.width + line, static_cast<int>(count));
         body.add_sums(task.slot, line, count);
       }
       row += rows;
