@@ -46,6 +46,8 @@ def test_no_kernel_spills_registers(library):
     for family in ("fake_quant", "mixed_fake_quant"):
         for kernel in ("forward", "backward", "finish"):
             assert any(re.search(rf"\d{family}_cu_\w*{kernel}_kernel", name) for name in names)
+    for kernel in ("norm", "perturb", "dots", "finish", "combine", "sgd", "adam_sizes", "adam", "coefficients"):
+        assert any(re.search(rf"\d+sam_cu_\w*\d{kernel}_kernel", name) for name in names)
     # The bounds of the loops over candidates, without and with zero points, serve all numbers from 1 to 8.
     for bound in (5, 8):
         for offset in (0, 1):
@@ -77,6 +79,19 @@ def test_multiply_and_add_are_fused_in_sums_only(library):
     for (_, bound, _, cut), count in fused["for"].items():
         divisions.setdefault((bound, cut.endswith("Li2")), set()).add(count)
     assert all(len(counts) == 1 for counts in divisions.values())
+
+
+def test_the_steps_of_the_optimizer_round_as_the_reference(library):
+    """Only Adam divides, for which the compiler fuses in code of its own; not so multiplications and additions."""
+    functions = _cuobjdump("-sass", "-arch", "sm_90", library).split("Function : ")[1:]
+    kernels = ("norm", "perturb", "dots", "combine", "sgd")
+    fused = {}
+    for function in functions:
+        found = re.match(rf"\S*\d+sam_cu\S*\d({'|'.join(kernels)})_kernelIf\S*FlatTable", function)
+        if found:
+            fused.setdefault(found[1], []).append(function.count("FFMA"))
+    assert set(fused) == set(kernels)
+    assert all(count == 0 for counts in fused.values() for count in counts)
 
 
 def test_needs_only_the_stable_interface_of_torch(library):
