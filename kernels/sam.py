@@ -232,7 +232,7 @@ def _add_up(lists: TensorLists, terms: int, like: Tensor, kernel: object, **opti
     totals = like.new_empty(terms, dtype=torch.float64)
     lists.launch(kernel, partials, lists.programs, **options)
     with torch.cuda.device_of(like):
-        _sam_finish_kernel[(terms,)](partials, totals, lists.programs, BLOCK=TILE, num_warps=4)
+        _sam_finish_kernel[(terms,)](partials, totals, lists.programs, BLOCK=TILE, num_warps=4, enable_fp_fusion=False)
     return totals
 
 
