@@ -45,7 +45,7 @@ def test_no_kernel_spills_registers(library):
     names = {name for name, _, _ in usage}
     for family in ("fake_quant", "mixed_fake_quant"):
         for kernel in ("forward", "backward", "finish"):
-            assert any(re.search(rf"\d{family}_cu_\w*{kernel}_kernel", name) for name in names)
+            assert any(re.search(rf"\d_{family}_cu_\w*{kernel}_kernel", name) for name in names)
     # The bounds of the loops over candidates, without and with zero points, serve all numbers from 1 to 8.
     for bound in (5, 8):
         for offset in (0, 1):
