@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 import asga
-from asga.ops.backends import BACKENDS, get_backend, serving, unavailable
-from asga.ops.library import OPERATORS
+from asga.ops.backends import BACKENDS, OPERATORS, get_backend, serving, unavailable
 
 Info = dict[str, object]
 

@@ -26,6 +26,8 @@ def write_png(path: str | os.PathLike, results: Sequence[Result]) -> None:
     for result in results:
         _, _, candidates, dtype = result.case.split("/")
         operator = "fake_quant" if candidates == "k1" else f"mixed_fake_quant, K = {candidates[1:]}"
+        if result.case.startswith("step/"):
+            operator = candidates
         panels.setdefault(f"{operator}, {dtype}\n{result.passes}, {result.condition}", []).append(result)
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)

@@ -23,6 +23,8 @@ from asga.bench.measure import (
 )
 from asga.bench.peers import Contestant, build_all
 from asga.bench.shapes import PASSES, Case, select
+from asga.bench.steps import PASSES as STEP_PASSES
+from asga.bench.steps import StepCase, build_steppers, select_steps
 
 # glibc never keeps a block larger than this (DEFAULT_MMAP_THRESHOLD_MAX in its malloc.c, on 64 bits).
 _ALWAYS_FRESH = 32 * 2**20
@@ -37,7 +39,7 @@ class Config:
     """What to run, and for how long.
 
     Attributes:
-        only: Patterns for the names of cases; see `asga.bench.shapes.select`.
+        only: Patterns for the names of cases; see `asga.bench.shapes.select` and `asga.bench.steps.select_steps`.
         device: "cpu" or "cuda".
         batch_size: Of activations.
         rounds: Samples of each implementation, at most.
@@ -112,8 +114,8 @@ class Result:
         condition: "fresh" (outputs are on new pages, as glibc does with large blocks), "steady" (memory is
             already mapped), "system" (an allocator that is not glibc's, as it is); on a GPU "device" (its own clock,
             cold cache) or "calls" (host's clock, one call after the other).
-        passes: "forward" or "forward+backward".
-        traffic: Bytes that must be moved; see `Case.traffic`.
+        passes: "forward" or "forward+backward"; of a step one of `asga.bench.steps.PASSES`.
+        traffic: Bytes that must be moved; see `Case.traffic` and `StepCase.traffic`.
         timings: By name: "asga", its backends, the peers, "copy", on a GPU "empty kernel".
         left_out: Peers that did not run, with the reason.
     """
@@ -156,8 +158,19 @@ class Result:
 _YARDSTICKS = ("copy", "empty kernel")
 
 
-def plan(config: Config) -> list[tuple[Case, str]]:
+def plan(config: Config) -> list[tuple[Case | StepCase, str]]:
     """The cases of a run, each with a condition, in order."""
+    steps = select_steps(config.only, config.device)
+    if not steps:
+        return _plan_quantizers(config)
+    on_cpu = "steady" if is_glibc() else "system"
+    condition = "calls" if torch.device(config.device).type == "cuda" else on_cpu
+    planned = [(case, condition) for case in steps]
+    only_steps = all(pattern.startswith("step/") for pattern in config.only)
+    return planned if only_steps else _plan_quantizers(config) + planned
+
+
+def _plan_quantizers(config: Config) -> list[tuple[Case, str]]:
     cases = select(config.only, config.batch_size)
     if torch.device(config.device).type == "cuda":
         small = [(case, "calls") for case in cases if case.nbytes <= _LAYER_SIZED]
@@ -195,7 +208,7 @@ def run(config: Config, progress: Callable[[str], None] = lambda line: None) -> 
             return_freed_memory()
         elif condition == "steady":
             keep_freed_memory()
-        yield from _run_case(case, condition, config)
+        yield from (_run_steps if isinstance(case, StepCase) else _run_case)(case, condition, config)
 
 
 def report(config: Config, results: Sequence[Result]) -> dict[str, object]:
@@ -231,6 +244,32 @@ def _run_case(case: Case, condition: str, config: Config) -> Iterator[Result]:
                 page_faults=None if inputs.x.is_cuda else page_faults(run.call),
                 peak_forward_bytes=forward_bytes,
                 peak_backward_bytes=backward_bytes,
+            )
+        yield Result(case.name, case.nbytes, condition, passes, case.traffic(passes), timings, left_out)
+
+
+def _run_steps(case: StepCase, condition: str, config: Config) -> Iterator[Result]:
+    device = torch.device(config.device)
+    found, left_out = build_steppers(case, config.device, compiled=config.compiled)
+    source = torch.ones(case.nbytes // case.dtype.itemsize, dtype=case.dtype, device=device)
+    copy = _Run("copy", partial(torch.empty_like(source).copy_, source))
+    for passes in STEP_PASSES:
+        runs = [_Run(s.name, s.run[passes], s.is_peer) for s in found if passes in s.run] + [copy]
+        samplers = {run.name: run.sampler(condition, config.sample_seconds, device) for run in runs}
+        samples = interleaved(samplers, config.rounds, config.case_seconds, baseline="asga")
+        timings = {}
+        for run in runs:
+            ratios = [own / ours for own, ours in zip(samples[run.name], samples["asga"], strict=False)]
+            timings[run.name] = Timing(
+                name=run.name,
+                is_peer=run.is_peer,
+                less_work=None,
+                rounds=len(samples[run.name]),
+                seconds=quartiles(samples[run.name]),
+                speedup=quartiles(ratios),
+                page_faults=None if device.type == "cuda" else page_faults(run.call),
+                peak_forward_bytes=None,
+                peak_backward_bytes=None,
             )
         yield Result(case.name, case.nbytes, condition, passes, case.traffic(passes), timings, left_out)
 
@@ -277,8 +316,13 @@ def _peaks(contestant: Contestant) -> tuple[int, int]:
         return peak_memory(contestant.forward, contestant.backward, contestant.grad.device)
 
 
-def _memory_needed(case: Case) -> int:
-    """Bytes of the hungriest peer, about: eager LSQ keeps four float32 tensors per candidate for backward."""
+def _memory_needed(case: Case | StepCase) -> int:
+    """Bytes of the hungriest peer, about: eager LSQ keeps four float32 tensors per candidate for backward.
+
+    Of steps, every implementation has six lists of tensors, and makes some more on the way.
+    """
+    if isinstance(case, StepCase):
+        return 40 * case.nbytes
     return (4 * len(case.bits) + 8) * 4 * case.numel
 
 

@@ -92,7 +92,8 @@ def bits_of() -> Callable[[object], object]:
 
     def convert(value: object) -> object:
         if isinstance(value, Tensor):
-            return str(value.dtype), tuple(value.shape), value.detach().contiguous().numpy().tobytes()
+            values = value.detach().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
+            return str(value.dtype), tuple(value.shape), values.numpy().tobytes()
         if isinstance(value, dict):
             return {key: convert(item) for key, item in value.items() if key != "seconds"}
         if isinstance(value, list | tuple):

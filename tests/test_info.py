@@ -7,8 +7,7 @@ import torch
 
 import asga
 from asga.info import collect, render
-from asga.ops.backends import BACKENDS
-from asga.ops.library import OPERATORS
+from asga.ops.backends import BACKENDS, OPERATORS
 
 
 @pytest.fixture

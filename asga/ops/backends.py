@@ -15,10 +15,13 @@ from pathlib import Path
 
 import torch
 
-from asga.ops import reference
-from asga.ops.library import OPERATORS, library
+from asga.ops import library as quantizers
+from asga.ops import reference, sam_library, sam_reference
+from asga.ops.library import library
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+# The quantizers and the steps of the optimizer.
+OPERATORS = (*quantizers.OPERATORS, *sam_library.OPERATORS)
 
 
 def set_backend(name: str | None) -> None:
@@ -131,12 +134,12 @@ def _triton_missing() -> str | None:
 
 
 def _reference(operator: str) -> Callable:
-    return getattr(reference, operator)
+    return getattr(sam_reference if operator in sam_library.OPERATORS else reference, operator)
 
 
 def _triton(operator: str) -> Callable:
     """The Triton launcher of an operator; Triton itself is imported by the first call."""
-    room = operator.removesuffix("_backward")
+    room = "sam" if operator in sam_library.OPERATORS else operator.removesuffix("_backward")
 
     def launch(*args):
         return getattr(importlib.import_module(f"asga.kernels.{room}"), operator)(*args)
@@ -149,7 +152,7 @@ def _announced_reference(operator: str) -> Callable:
     run = _reference(operator)
 
     def fallback(*args):
-        device_type = args[0].device.type
+        device_type = _device_type(args)
         if device_type in _library_errors and device_type not in _announced:
             _announced.add(device_type)
             warnings.warn(
@@ -160,6 +163,12 @@ def _announced_reference(operator: str) -> Callable:
         return run(*args)
 
     return fallback
+
+
+def _device_type(args: tuple[object, ...]) -> str:
+    """Of the first tensor, which may be in a list."""
+    first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+    return first.device.type
 
 
 def _register(target: torch.library.Library, implementations: Callable[[str], Callable], key: str) -> None:

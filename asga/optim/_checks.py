@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 Shapes = list[tuple[tuple[int, ...], ...]]
 
 
@@ -33,7 +35,7 @@ def check_radius(rho_min: float, rho_max: float, radius: str) -> None:
     """Bounds of the radius; the lower one counts only where the radius moves."""
     if not 0 < rho_max < math.inf:
         raise ValueError(f"rho_max is {rho_max}; it must be positive and finite")
-    if radius == "adaptive" and not 0 < rho_min <= rho_max:
+    if radius != "constant" and not 0 < rho_min <= rho_max:
         raise ValueError(f"rho_min is {rho_min}; it must be positive and at most rho_max = {rho_max}")
 
 
@@ -54,7 +56,7 @@ def check_group(group: dict[str, object]) -> None:
         raise ValueError(f"rho_scale is {rho_scale} in a parameter group; it must be finite and not negative")
     check_maximize(group)
     for index, param in enumerate(group["params"]):
-        check_dense(param, describe(group, index))
+        check_dense(param, "", group, index)
     low = {p.dtype for p in group["params"]} & {torch.bfloat16, torch.float16}
     if low and rho_scale > 0:
         # Measured on bfloat16 weights at rho = 0.05: 88 % kept their bits.
@@ -71,10 +73,13 @@ def check_maximize(group: dict[str, object]) -> None:
         raise ValueError("maximize is True in a parameter group; negate the loss instead")
 
 
-def check_dense(tensor: Tensor, what: str) -> None:
-    """Strided and real: what the sweeps can read."""
-    if tensor.layout != torch.strided or tensor.is_complex():
-        raise TypeError(f"{what} has layout {tensor.layout} and dtype {tensor.dtype}; it must be dense and real")
+def check_dense(tensor: Tensor, what: str, group: dict[str, object], index: int) -> None:
+    """Strided and of a dtype that the sweeps can read; `what` goes before the name of the parameter."""
+    if tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{what}{describe(group, index)} has layout {tensor.layout} and dtype {tensor.dtype}; it must be dense "
+            "and float32, bfloat16, float16 or float64"
+        )
 
 
 def check_loss(name: str, loss: Tensor | float) -> None:

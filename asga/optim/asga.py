@@ -2,29 +2,33 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from asga.optim import _passes as passes
+from asga.ops.sam_library import VARIANTS
+from asga.optim import _sweeps as sweeps
 from asga.optim._checks import (
     Shapes,
     check_alpha,
     check_base,
     check_choice,
-    check_dense,
     check_group,
     check_loss,
     check_maximize,
     check_radius,
     check_same_shapes,
-    describe,
 )
+from asga.optim._fused import reason_not_to_fuse, update
+from asga.optim._lists import Lists, collect
+from asga.optim._quantized import QuantizedWeights
+from asga.optim._ranks import Ranks, verdict
+from asga.optim._scaling import Scaling, Witness
 from asga.optim.batchnorm import restore_running_statistics, save_running_statistics
-from asga.optim.radius import Radius
+from asga.optim.radius import RULES, Radius
 
 # Where `alpha` is not given. Aligned and conflict: a tenth of the ascent step, so that the shift is felt (an
 # absolute 0.001 was 1.4 % of the step and changed nothing). GSAM: the default of its authors' code.
@@ -71,10 +75,23 @@ class ASGA(Optimizer):
     generator at the start of the closure. To accumulate over micro-batches, run all of them in each pass.
 
     A step with a NaN or an infinity in a gradient or loss of either pass restores the weights and changes
-    nothing but the counters: no parameter, no state of the base optimizer, no radius. `step` also undoes what
-    pass 1 did to the running statistics of `model`; a loop of `first_step` and `second_step`, whose pass 1 is
-    over before the optimizer hears of it, is left with them. Since only the host can leave out the step of an
-    arbitrary optimizer, this costs the one host synchronization of a step.
+    nothing but the counters: no parameter, no value of the base optimizer's state, no radius. `step` also undoes
+    what pass 1 did to the running statistics of `model`; a loop of `first_step` and `second_step`, whose pass 1 is
+    over before the optimizer hears of it, is left with them.
+
+    With SGD, Adam or AdamW of torch.optim as the base, its update is part of the sweep that restores and combines
+    (`fused`): the host waits for nothing, and pointers stay the same from step to step, so that a step can be
+    captured in a CUDA graph. Any other base optimizer gets d in `.grad` and its own `step`; since only the host can
+    leave that out, this costs one synchronization.
+
+    Mixed precision in float16: give the `torch.amp.GradScaler` as `scaler`, and call backward on
+    ``scaler.scale(loss)`` in both passes, while the loss that is returned or given stays unscaled; after the step,
+    ``scaler.update()``. The factor is divided out on the way, without ``scaler.unscale_`` and ``scaler.step``.
+
+    Data-parallel training: losses are averaged over `process_group`, so that every rank takes the same decision and
+    the same radius; sums over sharded parameters (FSDP2, DTensor) are added up over their mesh. `.grad` of pass 1
+    is that of DDP, averaged; with `local_ascent`, pass 1 runs under ``model.no_sync()`` and each worker climbs along
+    the gradient of its own batch.
 
     Parameter groups and `state` are shared with `base_optimizer`, so learning-rate schedulers work as usual.
     A group may set `rho_scale` (default 1): with ``T = rho_scale`` (times ``|theta|`` if `adaptive`), its
@@ -98,17 +115,31 @@ class ASGA(Optimizer):
         variant: "sam", "aligned", "gsam" or "conflict" (the component of g0 against g1 is removed if they
             conflict).
         adaptive: ASAM: scale the perturbation by theta^2 and measure g0 as ||theta g0||.
-        radius: "adaptive" or "constant".
+        perturb: "latent": the weights that are trained. "quantized": for the quantized layers of `model`, which is
+            then needed, the weights behind their quantizers, along the gradient there; everything else as with
+            "latent". Eager mode only, without `adaptive`.
+        radius: "adaptive", "constant", or "proportional" to the learning rate of the first group; see
+            `asga.optim.radius.Radius`.
         alpha_mode: For aligned and conflict: "relative" as in the table, in [0, 1), or "absolute" as
             published, ``s = rho / ||g0|| - alpha``, any alpha >= 0.
         max_norm: Clip d to this norm, as `torch.nn.utils.clip_grad_norm_`. None: no clipping.
+        fused: True: the update is part of the last sweep, or an error says why it cannot be. False: never. None: where
+            it can be; `reason_not_fused` says why not.
+        products: Which dot products of g0 and g1 are computed where the step itself does not need them: "all", for
+            `diagnostics`; "guard", only <g1, g1>, which reads g1 once more; "none": a NaN in g1 goes unnoticed where
+            the losses are finite. Variants gsam and conflict, `max_norm`, and steps without losses need them all.
+        scaler: The GradScaler, if there is one.
+        process_group: Over which losses are averaged: a process group, None for never, or "auto" for the default one
+            where `torch.distributed` is initialized.
+        local_ascent: Whether gradients of pass 1 differ between workers; those of pass 2 must not.
         model: A module whose normalization layers keep the running statistics of pass 1; those of pass 2 are
             undone. Without it, running statistics move twice a step.
         **base_kwargs: For `base_optimizer`: lr, momentum, weight_decay ...
 
     Raises:
-        TypeError: `base_optimizer` or `model` is of the wrong kind, or a parameter is sparse or complex.
-        ValueError: An option or parameter group is out of range, or there is no parameter.
+        TypeError: `base_optimizer` or `model` is of the wrong kind, or a parameter is sparse, complex or of a dtype
+            without kernels.
+        ValueError: An option or parameter group is out of range, there is no parameter, or the update cannot be fused.
 
     Source:
         "Learning from Loss Landscape: Generalizable Mixed-Precision Quantization via Adaptive Sharpness-Aware
@@ -129,16 +160,24 @@ class ASGA(Optimizer):
         alpha: float | None = None,
         variant: str = "aligned",
         adaptive: bool = False,
+        perturb: str = "latent",
         radius: str = "adaptive",
         alpha_mode: str = "relative",
         max_norm: float | None = None,
+        fused: bool | None = None,
+        products: str = "all",
+        scaler: torch.amp.GradScaler | None = None,
+        process_group: object | None = "auto",
+        local_ascent: bool = False,
         model: nn.Module | None = None,
         **base_kwargs: object,
     ) -> None:
         check_base(base_optimizer)
         check_choice("variant", variant, tuple(_DEFAULT_ALPHA))
-        check_choice("radius", radius, ("adaptive", "constant"))
+        check_choice("radius", radius, RULES)
+        check_choice("perturb", perturb, ("latent", "quantized"))
         check_choice("alpha_mode", alpha_mode, ("relative", "absolute"))
+        check_choice("products", products, ("all", "guard", "none"))
         check_radius(rho_min, rho_max, radius)
         alpha = _DEFAULT_ALPHA[variant] if alpha is None else alpha
         check_alpha(alpha, variant, alpha_mode)
@@ -146,6 +185,8 @@ class ASGA(Optimizer):
             raise ValueError(f"max_norm is {max_norm}; it must be positive and finite, or None")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module or None is needed")
+        if perturb == "quantized" and (model is None or adaptive):
+            raise ValueError("perturb is 'quantized'; that needs the model, and adaptive=False")
 
         super().__init__(params, {"rho_scale": 1.0})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
@@ -155,19 +196,33 @@ class ASGA(Optimizer):
             check_maximize(group)
         self.variant, self.alpha, self.alpha_mode = variant, alpha, alpha_mode
         self.adaptive, self.max_norm, self.model = adaptive, max_norm, model
+        self.fused, self.products, self.local_ascent = fused, products, local_ascent
+        self._check_fused()
+        self.scaler, self._ranks = scaler, Ranks(process_group)
 
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         if device is None:
             raise ValueError("params holds no parameter: every group is empty")
-        self._radius = Radius(rho_min, rho_max, adaptive=radius == "adaptive", device=device)
-        self._steps, self._skipped = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+        lr = self.param_groups[0].get("lr", 1.0)
+        self._radius = Radius(rho_min, rho_max, rule=radius, device=device, lr=lr)
         unknown = torch.full((), math.nan, dtype=torch.float64, device=device)
-        self._last = _LastStep(unknown, unknown, unknown, unknown, passes.GradientDots(*[unknown] * 4))
+        self._last = _LastStep(unknown, unknown, unknown, unknown, unknown.expand(4), unknown)
+        self._witness = Witness(device)
+        self._quantized = None
+        if perturb == "quantized":
+            scales = {p: group["rho_scale"] for group in self.param_groups for p in group["params"]}
+            self._quantized = QuantizedWeights(model, scales)
+        self._buffers: dict[str, dict[Tensor, Tensor]] = {"backups": {}, "first_grads": {}}
 
     @property
     def rho(self) -> Tensor:
         """The radius of the next step: 0-dim float64 on the device, not to be written to."""
         return self._radius.rho
+
+    @property
+    def reason_not_fused(self) -> str | None:
+        """Why the base optimizer makes its step by itself; None if its update is part of the last sweep."""
+        return "fused is False" if self.fused is False else reason_not_to_fuse(self.base_optimizer)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor | float:
@@ -177,7 +232,9 @@ class ASGA(Optimizer):
         statistics of `model`) restored.
 
         Args:
-            closure: Clears the gradients, computes the loss of a batch, calls backward and returns the loss.
+            closure: Clears the gradients, computes the loss of a batch, calls backward and returns the loss. To
+                accumulate gradients, it does so for several micro-batches and returns the sum of what it called
+                backward on.
 
         Returns:
             What the closure returned first: the loss at the weights before the step.
@@ -208,7 +265,8 @@ class ASGA(Optimizer):
         Args:
             loss: The loss at theta, one value. With the losses of both passes h is their difference, without
                 them ``s (||g0||^2 + <g0, g1>) / 2``.
-            zero_grad: Clear the gradients for the second pass.
+            zero_grad: Clear the gradients for the second pass. A gradient that nothing else can write into is then
+                kept as g0 without a copy.
 
         Raises:
             RuntimeError: No parameter has a gradient, or `second_step` is due.
@@ -217,26 +275,33 @@ class ASGA(Optimizer):
         """
         self._refuse_between_passes("first_step()")
         loss = self._as_scalar(loss)
-        # Copies: zero_grad and the second backward may write into the very same memory.
-        buckets = [bucket._replace(grads=[g.clone() for g in bucket.grads]) for bucket in self._buckets()]
-        rho = self.rho.clone()
-        q0 = passes.ascent_norm(buckets, self.adaptive, rho.device)
+        may_keep = zero_grad and not self.local_ascent
+        lists = collect(self.param_groups, apart=False, may_keep=may_keep, still=self._not_moved())
+        self._radius.before_step(self.param_groups[0])
+        rho, scaling = self.rho.clone(), Scaling.of(self.scaler, self.rho.device)
+        q0 = sweeps.ascent_norm(lists, self.adaptive, rho.device)
+        behind = None if self._quantized is None else self._quantized.norm(self._ranks)
+        q0 = q0 if behind is None else q0 + behind.to(q0.device)
         shift = 0.0 if self.variant == "gsam" else self.alpha
-        step = passes.ascent_step(q0, rho, shift, self.alpha_mode == "relative")
-        perturbed = [bucket for bucket in buckets if bucket.rho_scale > 0]
+        step = torch.ops.asga.sam_ascent_step.default(q0, rho, scaling.scale, shift, self.alpha_mode == "relative")
+        # Without a use for g0 in pass 2, neither is it kept.
+        wanted = self.variant != "sam" or self.max_norm is not None or self.products == "all" or loss is None
         self._pending = _Pending(
-            first_grads={p: g for bucket in buckets for p, g in zip(bucket.params, bucket.grads, strict=True)},
-            backups=[(bucket.params, [p.clone() for p in bucket.params]) for bucket in perturbed],
+            first_grads={} if wanted else None,
+            backups=[],
             statistics=None if self.model is None else save_running_statistics(self.model),
             statistics_before=None,
             loss=loss,
             rho=rho,
             q0=q0,
             step=step,
+            scaling=scaling,
         )
         try:
-            for bucket in perturbed:
-                passes.perturb(bucket, step, self.adaptive)
+            for one in lists:
+                self._perturb(one, self._pending)
+            if self._quantized is not None:
+                self._quantized.perturb(step)
             if zero_grad:
                 self.zero_grad()
         except BaseException:
@@ -249,7 +314,7 @@ class ASGA(Optimizer):
 
         Args:
             loss: The loss at theta', one value; see `first_step`.
-            zero_grad: Clear the gradients. If False, `.grad` holds d afterwards.
+            zero_grad: Clear the gradients. If False, `.grad` holds d afterwards, or g1 where the update is fused.
 
         Raises:
             RuntimeError: `first_step` has not been called, or no parameter has a gradient.
@@ -259,30 +324,36 @@ class ASGA(Optimizer):
         pending = self._pending
         if pending is None:
             raise RuntimeError("second_step() without first_step(): there is nothing to restore")
-        self.restore()
-        loss = self._as_scalar(loss)
-        buckets = self._buckets()
-        # No g0 in pass 1: it counts as 0.
-        first_grads = [
-            [pending.first_grads[p] if p in pending.first_grads else torch.zeros_like(p) for p in bucket.params]
-            for bucket in buckets
-        ]
-        dots = passes.gradient_dots(buckets, first_grads, self.adaptive, pending.q0.device)
-        losses = [value for value in (pending.loss, loss) if value is not None]
-        gap = losses[1] - losses[0] if len(losses) == 2 else pending.step * (pending.q0 + dots.ascent) / 2
-        finite = torch.isfinite(torch.stack([pending.q0, *dots, *losses])).all()
-        c0, c1 = passes.combination(self.variant, dots, self.alpha, self.max_norm)
-        for bucket, first in zip(buckets, first_grads, strict=True):
-            passes.combine(bucket, first, c0, c1)
-        self._radius.update(gap, finite)
-        self._steps.add_(1)
-        self._skipped.add_(~finite)
-        self._last = _LastStep(gap, pending.rho, pending.q0, pending.step, dots)
+        try:
+            loss = self._as_scalar(loss)
+            lists = collect(self.param_groups, apart=True, still=self._not_moved())
+            backups_of = sweeps.by_owner(pending.backups)
+            dots, coefficients = self._decide(pending, backups_of, loss, lists)
+            fused = self.reason_not_fused is None
+            for one in lists:
+                backups = one.parallel(backups_of, one.params)
+                first = self._first_grads(pending, one)
+                if fused:
+                    update(self.base_optimizer, one, backups, first, coefficients)
+                else:
+                    sweeps.combine(one, backups, first, coefficients)
+            seen = {owner for one in lists for owner in one.owners}
+            sweeps.restore({owner: kept for owner, kept in backups_of.items() if owner not in seen})
+            if pending.statistics is not None:
+                restore_running_statistics(self.model, pending.statistics)
+        except BaseException:
+            self.restore()
+            raise
+        self._finish()
+        valid = coefficients[2] != 0
+        self._last = _LastStep(coefficients[3], pending.rho, pending.q0, pending.step, dots, pending.scaling.factor)
+        if pending.statistics_before is not None:
+            restore_running_statistics(self.model, pending.statistics_before, unless=valid)
+        if pending.scaling.scale is not None:
+            self._witness.report(self.scaler, valid)
         # The one synchronization: the step of an arbitrary optimizer can only be left out by the host.
-        if finite.item():
+        if not fused and valid.item():
             self.base_optimizer.step()
-        elif pending.statistics_before is not None:
-            restore_running_statistics(self.model, pending.statistics_before)
         if zero_grad:
             self.zero_grad()
         # What a scheduler looks at to tell that steps come before it; it only wraps `step` itself.
@@ -296,11 +367,16 @@ class ASGA(Optimizer):
         if self._pending is None:
             return
         with torch.no_grad():
-            for params, backups in self._pending.backups:
-                passes.restore(params, backups)
+            sweeps.restore(sweeps.by_owner(self._pending.backups, only_done=True))
             if self._pending.statistics is not None:
                 restore_running_statistics(self.model, self._pending.statistics)
-        self._pending = None
+        self._finish()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as any torch optimizer."""
+        super().zero_grad(set_to_none)
+        if self._quantized is not None:
+            self._quantized.clear()
 
     def diagnostics(self) -> dict[str, float]:
         """What the last step saw. Reading it synchronizes with the device; not reading it costs nothing.
@@ -311,25 +387,27 @@ class ASGA(Optimizer):
             `h`, the surrogate gap; `rho`; `norm_g0` and `norm_g1`, Euclidean; `cosine` of g0 and g1; `sigma`
             = 2 h / rho^2, the published sharpness, dominated by ||g0|| / rho at small rho; `kappa` =
             (<g0, g1> - ||g0||^2) / (s ||g0||^2), the curvature along the perturbation (products in its metric
-            T). NaN before the first step and where undefined. Over all steps: `share_at_rho_min` and
-            `share_at_rho_max` of the updates of the radius (0 when constant), and the counts `steps` and
-            `skipped`.
+            T). NaN before the first step, where undefined, and where `products` leaves a value unknown. Over all steps:
+            `share_at_rho_min` and `share_at_rho_max` of the updates of the radius (0 when constant), and the counts
+            `steps` and `skipped`.
         """
-        h, rho, q0, step, dots = self._last
-        norm_g0, norm_g1 = dots.g0_g0.sqrt(), dots.g1_g1.sqrt()
-        updates = self._radius.updates.clamp(min=1)
+        h, rho, q0, step, dots, scale = self._last
+        g0_g0, g0_g1, g1_g1, ascent = dots.unbind()
+        norm_g0, norm_g1 = g0_g0.sqrt() / scale, g1_g1.sqrt() / scale
+        count = self._radius.count
+        updates = count("updates").clamp(min=1)
         values = {
             "h": h,
             "rho": rho,
             "norm_g0": norm_g0,
             "norm_g1": norm_g1,
-            "cosine": dots.g0_g1 / (norm_g0 * norm_g1),
+            "cosine": g0_g1 / (g0_g0.sqrt() * g1_g1.sqrt()),
             "sigma": 2.0 * h / rho**2,
-            "kappa": (dots.ascent - q0) / (q0 * step),
-            "share_at_rho_min": self._radius.at_rho_min.double() / updates,
-            "share_at_rho_max": self._radius.at_rho_max.double() / updates,
-            "steps": self._steps,
-            "skipped": self._skipped,
+            "kappa": (ascent - q0) / (q0 * step * scale),
+            "share_at_rho_min": count("at_rho_min").double() / updates,
+            "share_at_rho_max": count("at_rho_max").double() / updates,
+            "steps": count("steps"),
+            "skipped": count("skipped"),
         }
         report = dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
         if report["steps"] - report["skipped"] >= _STUCK_AFTER:
@@ -345,7 +423,7 @@ class ASGA(Optimizer):
             RuntimeError: Called between `first_step` and `second_step`, when the weights are perturbed.
         """
         self._refuse_between_passes("state_dict()")
-        own: dict[str, object] = {name: value.clone() for name, value in self._own_state().items()}
+        own: dict[str, object] = {name: value.clone() for name, value in self._radius.state().items()}
         return {**self.base_optimizer.state_dict(), "asga": {**own, "shapes": self._shapes()}}
 
     @torch.no_grad()
@@ -359,13 +437,13 @@ class ASGA(Optimizer):
         self._refuse_between_passes("load_state_dict()")
         state_dict = dict(state_dict)
         own = state_dict.pop("asga", None)
-        missing = {"shapes", *self._own_state()} - set(own or ())
+        missing = {"shapes", *self._radius.state()} - set(own or ())
         if missing:
             raise ValueError(f"state_dict is not from an ASGA optimizer: its entry 'asga' lacks {sorted(missing)}")
         check_same_shapes([tuple(map(tuple, group)) for group in own["shapes"]], self._shapes())
         self.base_optimizer.load_state_dict(state_dict)
         self._share_with_base()
-        for name, value in self._own_state().items():
+        for name, value in self._radius.state().items():
             value.copy_(own[name])
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
@@ -380,49 +458,117 @@ class ASGA(Optimizer):
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1])
+            if "base_optimizer" in vars(self):
+                self._check_fused()
         except Exception:
             self.param_groups.pop()
             raise
 
     def __getstate__(self) -> dict[str, object]:
         self._refuse_between_passes("copying or pickling")
+        if self._quantized is not None:
+            raise TypeError("an optimizer that perturbs quantized weights is tied to its model and cannot be copied")
         kept = ("base_optimizer", "variant", "alpha", "alpha_mode", "adaptive", "max_norm", "model")
-        internal = ("_radius", "_steps", "_skipped", "_last")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in (*kept, *internal)}}
+        options = ("fused", "products", "local_ascent", "scaler")
+        internal = ("_radius", "_ranks", "_witness", "_last", "_quantized")
+        own = {name: getattr(self, name) for name in (*kept, *options, *internal)}
+        return {**super().__getstate__(), **own, "_buffers": {name: {} for name in self._buffers}}
 
     def _share_with_base(self) -> None:
         """One list of groups and one state for both, so that schedulers reach the base optimizer."""
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
 
-    def _buckets(self) -> list[passes.Bucket]:
-        """All tensors with a gradient by device, dtype and `rho_scale`, empty ones left out."""
-        buckets: dict[tuple[object, ...], passes.Bucket] = {}
-        any_gradient = False
-        for group in self.param_groups:
-            for index, param in enumerate(group["params"]):
-                grad = param.grad
-                if grad is None:
-                    continue
-                check_dense(grad, f"the gradient of {describe(group, index)}")
-                any_gradient = True
-                if param.numel() > 0:
-                    key = (param.device, param.dtype, grad.dtype, group["rho_scale"])
-                    bucket = buckets.setdefault(key, passes.Bucket([], [], group["rho_scale"]))
-                    bucket.params.append(param)
-                    bucket.grads.append(grad)
-        if not any_gradient:
-            raise RuntimeError("no parameter has a gradient: call backward() on the loss first")
-        return list(buckets.values())
+    def _finish(self) -> None:
+        """The step is over."""
+        self._pending = None
+        if self._quantized is not None:
+            self._quantized.restore()
+
+    def _not_moved(self) -> Collection[Tensor]:
+        """Parameters that stay where they are whatever their `rho_scale`."""
+        return () if self._quantized is None else self._quantized.latent
+
+    def _check_fused(self) -> None:
+        if self.fused and (reason := reason_not_to_fuse(self.base_optimizer)) is not None:
+            raise ValueError(f"fused is True, but {reason}")
+
+    def _perturb(self, lists: Lists, pending: "_Pending") -> None:
+        """A3 over some tensors; notes what is kept of them."""
+        kept = [
+            param if scale == 0 else self._buffer("backups", owner, param)
+            for owner, param, scale in zip(lists.owners, lists.params, lists.rho_scales, strict=True)
+        ]
+        copies: list[Tensor] = []
+        if pending.first_grads is not None:
+            if not lists.owned:
+                pairs = zip(lists.owners, lists.grads, strict=True)
+                copies = [self._buffer("first_grads", owner, grad) for owner, grad in pairs]
+            pending.first_grads.update(zip(lists.owners, copies or lists.grads, strict=True))
+        sweeps.perturb(lists, kept, copies, pending.step, self.adaptive, pending.backups)
+
+    def _buffer(self, kind: str, owner: Tensor, like: Tensor) -> Tensor:
+        """Memory that is kept from step to step: new pages cost more than the sweep, and graphs need the same ones."""
+        found = self._buffers[kind].get(owner)
+        if found is None or (found.shape, found.dtype, found.device) != (like.shape, like.dtype, like.device):
+            found = self._buffers[kind][owner] = torch.empty_like(like, requires_grad=False)
+        return found
+
+    def _first_grads(self, pending: "_Pending", lists: Lists) -> list[Tensor]:
+        """g0 of some tensors, as the operators take it; none at all where its coefficient is zero."""
+        if self.variant == "sam" or pending.first_grads is None:
+            return []
+        return lists.parallel(pending.first_grads, [lists.params[0].new_empty(0)] * len(lists.params))
+
+    def _decide(
+        self, pending: "_Pending", backups: dict[Tensor, Tensor], loss: Tensor | None, lists: list[Lists]
+    ) -> tuple[Tensor, Tensor]:
+        """B1, B2 and B4: the dot products and what `sam_coefficients` makes of them."""
+        losses = [value for value in (pending.loss, loss) if value is not None]
+        q0, step, device = pending.q0, pending.step, pending.q0.device
+        projects = self.variant in ("gsam", "conflict")
+        needed = projects or self.max_norm is not None or (self._radius.follows_gap and len(losses) < 2)
+        if self.local_ascent and pending.first_grads is not None:
+            self._ranks.average_(list(pending.first_grads.values()))
+        dots = None
+        if needed or self.products != "none":
+            full = pending.first_grads is not None and (needed or self.products == "all")
+            first_grads = pending.first_grads if full else None
+            dots = sweeps.gradient_dots(lists, first_grads, backups, adaptive=self.adaptive, device=device)
+            if self._quantized is not None and full:
+                dots[3] += self._quantized.product(device)
+        if self._ranks.several:
+            bad = verdict([q0] if dots is None else [q0, dots])
+            shared = self._ranks.mean(torch.stack([*losses, q0, step, bad]))
+            losses, bad = list(shared[: len(losses)].unbind()), shared[-1]
+            if self.local_ascent:
+                q0, step = shared[-3], shared[-2]
+            # Not finite on any rank: not valid on all of them.
+            q0 = q0 + bad
+        known = torch.stack(losses) if losses else q0.new_empty(0)
+        coefficients = torch.ops.asga.sam_coefficients.default(
+            q0,
+            step,
+            dots,
+            known,
+            pending.scaling.scale,
+            None,
+            self._radius.rho,
+            self._radius.counts,
+            VARIANTS.index(self.variant),
+            self.alpha,
+            self.max_norm,
+            self._radius.follows_gap,
+            self._radius.rho_min,
+            self._radius.rho_max,
+        )
+        return q0.new_full((4,), math.nan) if dots is None else dots, coefficients
 
     def _as_scalar(self, loss: Tensor | float | None) -> Tensor | None:
         if loss is None:
             return None
         check_loss("loss", loss)
         return torch.as_tensor(loss).detach().to(self.rho.device, torch.float64).reshape(())
-
-    def _own_state(self) -> dict[str, Tensor]:
-        return {**self._radius.state(), "steps": self._steps, "skipped": self._skipped}
 
     def _shapes(self) -> Shapes:
         return [tuple(tuple(p.shape) for p in group["params"]) for group in self.param_groups]
@@ -446,26 +592,28 @@ class ASGA(Optimizer):
 
 
 class _Pending(NamedTuple):
-    """What has to survive from the first pass to the second."""
+    """What has to survive from the first pass to the second; by parameter what the sweeps wrote."""
 
-    first_grads: dict[Tensor, Tensor]
-    backups: list[tuple[list[Tensor], list[Tensor]]]
+    first_grads: dict[Tensor, Tensor] | None
+    backups: list[sweeps.Backup]
     statistics: dict[str, Tensor] | None
     statistics_before: dict[str, Tensor] | None
     loss: Tensor | None
     rho: Tensor
     q0: Tensor
     step: Tensor
+    scaling: Scaling
 
 
 class _LastStep(NamedTuple):
-    """Scalars of the last step, on the device, for `diagnostics`."""
+    """Scalars of the last step, on the device, for `diagnostics`; q0, step and dots with the factor of a scaler."""
 
     h: Tensor
     rho: Tensor
     q0: Tensor
     step: Tensor
-    dots: passes.GradientDots
+    dots: Tensor
+    scale: Tensor
 
 
 def _call(closure: Callable[[], Tensor | float]) -> Tensor | float:

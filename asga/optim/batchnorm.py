@@ -25,15 +25,17 @@ def save_running_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_running_statistics(model: nn.Module, saved: dict[str, Tensor]) -> None:
+def restore_running_statistics(model: nn.Module, saved: dict[str, Tensor], *, unless: Tensor | None = None) -> None:
     """Write the copies of `save_running_statistics` back, bit for bit.
 
     Args:
         model: The module the copies were taken from.
         saved: What `save_running_statistics` returned.
+        unless: 0-dim bool, not read by the host; where it is true, nothing is written.
     """
     for name, buffer in _running_buffers(model):
-        buffer.copy_(saved[name])
+        old = saved[name]
+        buffer.copy_(old if unless is None else torch.where(unless.to(buffer.device), buffer, old))
 
 
 def _running_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -1,56 +1,83 @@
-"""The perturbation radius: a scalar on the device that follows the surrogate gap."""
+"""The perturbation radius: a scalar on the device that follows the surrogate gap, or the learning rate, or nothing."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from asga.ops.sam_library import COUNTS
+
+RULES = ("adaptive", "constant", "proportional")
+
 
 class Radius:
-    """The radius rho and its rule, ``rho <- clamp(log(1 + max(h, 0)), rho_min, rho_max)`` or constant.
+    """The radius rho, its rule and the counters of the steps.
 
-    The bare rule ``min(rho_max, log(1 + h))`` behaves like ``rho <- rho * ||g||`` near zero: with gradient
-    norms below one it falls to exactly 0 within tens of steps and cannot leave, and a negative gap makes it
-    negative. Hence the lower bound and the ``max``. How often either bound was hit is counted, because a
-    radius that sits on a bound is a constant radius under another name.
+    adaptive
+        ``rho <- clamp(log(1 + max(h, 0)), rho_min, rho_max)`` after each step, with the gap h. The bare rule
+        ``min(rho_max, log(1 + h))`` behaves like ``rho <- rho * ||g||`` near zero: with gradient norms below one it
+        falls to exactly 0 within tens of steps and cannot leave, and a negative gap makes it negative. Hence the
+        lower bound and the ``max``. How often either bound was hit is counted, because a radius that sits on a
+        bound is a constant radius under another name. It starts at ``sqrt(rho_min * rho_max)``, halfway between the
+        bounds on the logarithmic scale on which it moves.
+    constant
+        ``rho = rho_max``.
+    proportional
+        ``rho = clamp(rho_max * lr / lr_0, rho_min, rho_max)`` before each step: it decays, and warms up, with the
+        learning rate. lr_0 is the ``initial_lr`` that a scheduler leaves in the parameter group, or the learning rate
+        at the start.
 
-    An adaptive radius starts at ``sqrt(rho_min * rho_max)``, halfway between the bounds on the logarithmic
-    scale on which it moves. All state is 0-dim tensors on `device`, updated in place without host
-    synchronization.
+    All state is on `device` and updated in place without host synchronization.
 
     Args:
         rho_min: Lower bound, positive; unused when constant.
         rho_max: Upper bound, or the value itself when constant.
-        adaptive: Whether the radius follows the gap.
+        rule: One of `RULES`.
+        lr: The learning rate at the start, unless a scheduler says otherwise; used when proportional.
         device: Where the state lives.
+
+    Attributes:
+        rho: 0-dim float64.
+        counts: int64, see `asga.ops.sam_library.COUNTS`.
 
     Source:
         "Learning from Loss Landscape: Generalizable Mixed-Precision Quantization via Adaptive Sharpness-Aware
-        Gradient Aligning", ICML 2025 (arXiv 2505.04877), for the rule without its lower bound.
+        Gradient Aligning", ICML 2025 (arXiv 2505.04877), for the adaptive rule without its lower bound. Zhuang et
+        al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022, for the proportional one.
     """
 
-    def __init__(self, rho_min: float, rho_max: float, *, adaptive: bool, device: torch.device) -> None:
-        self.rho_min, self.rho_max, self.adaptive = rho_min, rho_max, adaptive
-        start = math.sqrt(rho_min * rho_max) if adaptive else rho_max
+    def __init__(
+        self, rho_min: float, rho_max: float, *, rule: str, device: torch.device, lr: float | Tensor = 1.0
+    ) -> None:
+        self.rho_min, self.rho_max, self.rule = rho_min, rho_max, rule
+        start = math.sqrt(rho_min * rho_max) if rule == "adaptive" else rho_max
         self.rho = torch.tensor(start, dtype=torch.float64, device=device)
-        self.updates, self.at_rho_min, self.at_rho_max = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+        self.counts = torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
+        lr = lr.detach() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+        self._lr = lr.to(device, torch.float64, copy=True).reshape(())
 
-    def update(self, gap: Tensor, valid: Tensor) -> None:
-        """Move to the radius of the next step (B4).
+    @property
+    def follows_gap(self) -> bool:
+        """Whether `sam_coefficients` moves it."""
+        return self.rule == "adaptive"
 
-        Args:
-            gap: The surrogate gap h, 0-dim float64. NaN or infinite: the radius stays.
-            valid: 0-dim bool; False keeps the radius.
-        """
-        if not self.adaptive:
+    def before_step(self, group: dict[str, object]) -> None:
+        """Move it to where the learning rate of a parameter group puts it, if it is proportional to that."""
+        if self.rule != "proportional":
             return
-        target = torch.log1p(gap.clamp(min=0.0))
-        valid = valid & torch.isfinite(gap)
-        self.rho.copy_(torch.where(valid, target.clamp(self.rho_min, self.rho_max), self.rho))
-        self.updates.add_(valid)
-        self.at_rho_min.add_(valid & (target <= self.rho_min))
-        self.at_rho_max.add_(valid & (target >= self.rho_max))
+        start = group.get("initial_lr", self._lr)
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64)
+        if not isinstance(start, Tensor):
+            start = torch.tensor(start, dtype=torch.float64)
+        # What is on the device stays there; numbers are combined on the host.
+        share = lr / start if lr.device == start.device else lr.to(self.rho.device) / start.to(self.rho.device)
+        self.rho.copy_((self.rho_max * share).clamp(self.rho_min, self.rho_max), non_blocking=True)
+
+    def count(self, name: str) -> Tensor:
+        """One of the counters, 0-dim; not a copy."""
+        return self.counts[COUNTS.index(name)]
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that make up the state, by name; not copies."""
-        return {name: getattr(self, name) for name in ("rho", "updates", "at_rho_min", "at_rho_max")}
+        found = {"rho": self.rho, **{name: self.count(name) for name in COUNTS}}
+        return {**found, "initial_lr": self._lr} if self.rule == "proportional" else found

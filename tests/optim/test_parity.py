@@ -185,7 +185,7 @@ def test_any_base_optimizer_receives_the_combined_gradient(make_problem, base, o
 def test_clipping_equals_clip_grad_norm(make_problem, variant):
     problem, twin = make_problem(torch.float64), make_problem(torch.float64)
     optimizer = ASGA(problem.params, variant=variant, lr=1.0, max_norm=0.05)
-    unclipped = ASGA(twin.params, variant=variant, lr=0.0)
+    unclipped = ASGA(twin.params, variant=variant, lr=0.0, fused=False)  # leaves d in .grad
     optimizer.step(problem.closure(optimizer))
     unclipped.step(twin.closure(unclipped))
     before = torch.nn.utils.clip_grad_norm_(twin.params, 0.05)

@@ -6,11 +6,23 @@ import torch
 from asga.optim.radius import Radius
 
 CPU = torch.device("cpu")
-YES, NO = torch.tensor(True), torch.tensor(False)
 
 
-def gap(value):
-    return torch.tensor(value, dtype=torch.float64)
+def adaptive(rho_min, rho_max):
+    return Radius(rho_min, rho_max, rule="adaptive", device=CPU)
+
+
+def update(radius, gap, valid=True):
+    """The end of a step that saw the gap."""
+    scalar = torch.ones((), dtype=torch.float64)
+    gap = torch.as_tensor(gap, dtype=torch.float64)
+    # A loss of 0 and one that is the gap; a step is made invalid by its q0, so that the gap may be anything.
+    losses = torch.stack([torch.zeros_like(gap), gap])
+    q0 = scalar if valid else scalar * math.nan
+    torch.ops.asga.sam_coefficients(
+        *(q0, scalar, None, losses, None, None, radius.rho, radius.counts),
+        *(0, 0.0, None, radius.follows_gap, radius.rho_min, radius.rho_max),
+    )
 
 
 @pytest.mark.parametrize(
@@ -25,52 +37,83 @@ def gap(value):
     ],
 )
 def test_adaptive_radius_is_the_clamped_logarithm(h, expected):
-    radius = Radius(0.01, 0.5, adaptive=True, device=CPU)
-    radius.update(gap(h), YES)
+    radius = adaptive(0.01, 0.5)
+    update(radius, h)
     assert radius.rho.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("h", [math.nan, math.inf, -math.inf])
 def test_non_finite_gap_keeps_the_radius_and_is_not_counted(h):
-    radius = Radius(0.01, 0.5, adaptive=True, device=CPU)
+    radius = adaptive(0.01, 0.5)
     before = radius.rho.clone()
-    radius.update(gap(h), YES)
+    update(radius, h)
     assert torch.equal(radius.rho, before)
-    assert radius.updates == 0
+    assert radius.count("updates") == 0
 
 
 def test_invalid_step_keeps_the_radius():
-    radius = Radius(0.01, 0.5, adaptive=True, device=CPU)
+    radius = adaptive(0.01, 0.5)
     before = radius.rho.clone()
-    radius.update(gap(0.2), NO)
+    update(radius, 0.2, valid=False)
     assert torch.equal(radius.rho, before)
 
 
 def test_starts_at_the_geometric_mean_of_the_bounds():
-    assert Radius(0.01, 0.49, adaptive=True, device=CPU).rho.item() == pytest.approx(0.07, rel=1e-12)
+    assert adaptive(0.01, 0.49).rho.item() == pytest.approx(0.07, rel=1e-12)
 
 
 def test_constant_radius_stays_at_rho_max():
-    radius = Radius(0.01, 0.5, adaptive=False, device=CPU)
-    radius.update(gap(0.2), YES)
+    radius = Radius(0.01, 0.5, rule="constant", device=CPU)
+    update(radius, 0.2)
     assert radius.rho == 0.5
-    assert radius.updates == 0
+    assert radius.count("updates") == 0
 
 
 def test_a_collapsing_radius_stays_at_rho_min():
     """h = rho ||g|| with ||g|| = 0.5: the bare rule reaches exactly 0, the bounded one stops."""
-    bare, radius = 0.05, Radius(0.01, 0.5, adaptive=True, device=CPU)
+    bare, radius = 0.05, adaptive(0.01, 0.5)
     for _ in range(1500):
         bare = math.log1p(0.5 * bare)
-        radius.update(0.5 * radius.rho, YES)
+        update(radius, 0.5 * radius.rho)
     assert bare == 0.0
     assert radius.rho == 0.01
-    assert radius.at_rho_min > 1400
-    assert radius.at_rho_max == 0
+    assert radius.count("at_rho_min") > 1400
+    assert radius.count("at_rho_max") == 0
 
 
 def test_state_is_updated_in_place():
-    radius = Radius(0.01, 0.5, adaptive=True, device=CPU)
+    radius = adaptive(0.01, 0.5)
     pointers = {name: value.data_ptr() for name, value in radius.state().items()}
-    radius.update(gap(0.2), YES)
+    update(radius, 0.2)
     assert {name: value.data_ptr() for name, value in radius.state().items()} == pointers
+
+
+class TestProportional:
+    def radius(self, lr=0.2):
+        return Radius(0.01, 0.5, rule="proportional", device=CPU, lr=lr)
+
+    @pytest.mark.parametrize("kind", [float, lambda lr: torch.tensor(lr)], ids=["a number", "a tensor"])
+    @pytest.mark.parametrize(
+        ("group", "rho"),
+        [
+            pytest.param({"lr": 0.2}, 0.5, id="at the start"),
+            pytest.param({"lr": 0.05}, 0.125, id="a quarter of it"),
+            pytest.param({"lr": 0.0}, 0.01, id="none: rho_min"),
+            pytest.param({"lr": 0.4}, 0.5, id="more than at the start: rho_max"),
+            pytest.param({"lr": 0.2, "initial_lr": 0.4}, 0.25, id="a scheduler knows the start better"),
+        ],
+    )
+    def test_follows_the_learning_rate(self, group, rho, kind):
+        radius = self.radius()
+        radius.before_step({name: kind(value) for name, value in group.items()})
+        assert radius.rho.item() == pytest.approx(rho, rel=1e-6)
+
+    def test_does_not_follow_the_gap(self):
+        radius = self.radius()
+        update(radius, 0.2)
+        assert radius.rho == 0.5
+        assert radius.count("updates") == 0
+
+    def test_keeps_its_start_in_the_state(self):
+        assert self.radius().state()["initial_lr"] == 0.2
+        assert "initial_lr" not in adaptive(0.01, 0.5).state()
