@@ -91,7 +91,7 @@ def local_tensors(param: Tensor) -> tuple[Tensor, Tensor, tuple[object, ...]]:
     if not hasattr(param, "to_local"):
         return param, grad, ()
     if grad.placements != param.placements:
-        grad = grad.redistribute(placements=param.placements)
+        param.grad = grad = grad.redistribute(placements=param.placements)
     mesh = param.device_mesh
     shards = tuple(mesh.get_group(dim) for dim, place in enumerate(param.placements) if place.is_shard())
     return param.to_local(), grad.to_local(), shards
