@@ -131,7 +131,8 @@ class ASGA(Optimizer):
         scaler: The GradScaler, if there is one.
         process_group: Over which losses are averaged: a process group, None for never, or "auto" for the default one
             where `torch.distributed` is initialized.
-        local_ascent: Whether gradients of pass 1 differ between workers; those of pass 2 must not.
+        local_ascent: Whether gradients of pass 1 differ between workers; those of pass 2 must not. Not for sharded
+            parameters.
         model: A module whose normalization layers keep the running statistics of pass 1; those of pass 2 are
             undone. Without it, running statistics move twice a step.
         **base_kwargs: For `base_optimizer`: lr, momentum, weight_decay ...
@@ -271,12 +272,14 @@ class ASGA(Optimizer):
         Raises:
             RuntimeError: No parameter has a gradient, or `second_step` is due.
             TypeError: A gradient is sparse, or the loss is not a number. Nothing has been perturbed then.
-            ValueError: The loss has more than one value.
+            ValueError: The loss has more than one value, or `local_ascent` meets sharded parameters.
         """
         self._refuse_between_passes("first_step()")
         loss = self._as_scalar(loss)
         may_keep = zero_grad and not self.local_ascent
         lists = collect(self.param_groups, apart=False, may_keep=may_keep, still=self._not_moved())
+        if self.local_ascent and any(one.shards for one in lists):
+            raise ValueError("local_ascent is True, but parameters are sharded: no process has a gradient of its own")
         self._radius.before_step(self.param_groups[0])
         rho, scaling = self.rho.clone(), Scaling.of(self.scaler, self.rho.device)
         q0 = sweeps.ascent_norm(lists, self.adaptive, rho.device)

@@ -1,72 +1,7 @@
-"""Two processes (gloo) that train the same weights: the same bits on both, whatever one of them sees."""
+"""Parameters that are sharded over two processes (gloo), without a trainer; test_ddp.py and test_fsdp.py have those."""
 
 import pytest
 import torch
-
-RUN = """
-import math, sys, torch, torch.distributed as dist, torch.multiprocessing as mp
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from contextlib import nullcontext
-from asga.optim import ASGA
-
-STEPS, OPTIONS, VIEW, FAULT = {steps}, {options}, {view}, {fault!r}
-
-def work(rank, file):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    model = DistributedDataParallel(net, gradient_as_bucket_view=VIEW)
-    optimizer = ASGA(net.parameters(), lr=0.05, momentum=0.9, **OPTIONS)
-    generator = torch.Generator().manual_seed(rank)
-    local = OPTIONS.get("local_ascent", False)
-    moved = 0
-    for number in range(STEPS):
-        x, y = torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)
-        bad = FAULT is not None and rank == 1 and number % 10 == 3
-        before = [p.detach().clone() for p in net.parameters()]
-        for index, take in enumerate((optimizer.first_step, optimizer.second_step)):
-            with model.no_sync() if local and index == 0 else nullcontext():
-                loss = (model(x) - y).square().mean()
-                if bad and FAULT == "loss":
-                    loss = loss * math.inf
-                loss.backward()
-            if bad and FAULT == "gradient" and index == 1:
-                next(net.parameters()).grad[0, 0] = math.inf
-            take(loss)
-        moved += any(not torch.equal(p, b) for p, b in zip(net.parameters(), before))
-    flat = torch.cat([p.detach().reshape(-1) for p in net.parameters()] + [optimizer.rho.float().reshape(1)])
-    both = [torch.empty_like(flat) for _ in range(2)]
-    dist.all_gather(both, flat)
-    report = optimizer.diagnostics()
-    if rank == 0:
-        print(torch.equal(*both), bool(flat.isfinite().all()), moved, int(report["skipped"]))
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    import tempfile
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(work, (folder + "/store",), nprocs=2, start_method="fork")
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize(
-    ("options", "view", "fault", "skipped"),
-    [
-        pytest.param({}, False, None, 0, id="averaged"),
-        pytest.param({"variant": "gsam", "max_norm": 0.5}, True, None, 0, id="gradient_as_bucket_view"),
-        pytest.param({}, True, "loss", 10, id="an infinite loss on one of them"),
-        pytest.param({"fused": False}, False, "gradient", 10, id="an infinite gradient on one of them"),
-        pytest.param({"local_ascent": True}, False, None, 0, id="per worker"),
-        pytest.param({"local_ascent": True, "variant": "conflict"}, False, "loss", 10, id="per worker, infinite loss"),
-    ],
-)
-def test_two_processes_hold_the_same_bits_after_100_steps(run_python, options, view, fault, skipped):
-    printed = run_python(RUN.format(steps=100, options=options, view=view, fault=fault))
-    assert printed.splitlines()[-1] == f"True True {100 - skipped} {skipped}"
-
 
 SHARDED = """
 import torch, torch.distributed as dist, torch.multiprocessing as mp
