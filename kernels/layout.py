@@ -18,10 +18,9 @@ from torch import Tensor
 
 NUM_WARPS = 4
 
-# A tile is two 16-byte vectors for each of the 128 threads: enough loads in flight to cover the latency of
-# memory, and few enough registers for the sums of a mixture's eight candidates.
+# A tile is one or two 16-byte vectors for each of the 128 threads. Two put enough loads in flight to cover the
+# latency of memory, and leave enough registers for the sums of a mixture's eight candidates.
 _VECTOR_BYTES = 16
-_TILE_BYTES = 2 * _VECTOR_BYTES * 32 * NUM_WARPS
 # Triton knows of sizes and strides whether 16 divides them: the condition for vectors.
 _KNOWN_DIVISOR = 16
 # Where a thread cannot add up a vector first, it keeps sums for each of its elements: it gets only four.
@@ -75,19 +74,20 @@ class Layout(NamedTuple):
         return self.loop_stride, self.channel_stride, self.length_stride
 
 
-def layout_of(input: Tensor, axis: int | None) -> Layout:
+def layout_of(input: Tensor, axis: int | None, *, vectors: int = 2) -> Layout:
     """Cut a dense, non-empty tensor.
 
     Args:
         input: Non-overlapping and dense, in any order of dimensions.
         axis: Dimension of the channels, or None for one channel in all.
+        vectors: 16-byte vectors of each thread in a tile, 1 or 2, where vectors fit the layout.
 
     Returns:
         The layout. Needs no order of the other dimensions: in a dense tensor the stride of `axis` is `inner`.
     """
     if axis is None or input.shape[axis] == 1:
         numel = input.numel()
-        tile, vector = _tile_and_vector(input, numel)
+        tile, vector = _tile_and_vector(input, numel, vectors)
         return Layout(1, 1, numel, numel, numel, 1, 1, tile, vector)
     channels, inner = input.shape[axis], input.stride(axis)
     outer = input.numel() // (channels * inner)
@@ -95,7 +95,7 @@ def layout_of(input: Tensor, axis: int | None) -> Layout:
         block_c = min(triton.next_power_of_2(channels), _MAX_BLOCK_C_INNERMOST)
         block_l = _UNFOLDED_TILE // block_c
         return Layout(1, channels, outer, input.numel(), 1, channels, block_c, block_l, 1)
-    tile, vector = _tile_and_vector(input, inner)
+    tile, vector = _tile_and_vector(input, inner, vectors)
     block_l = _block_length(inner, tile)
     block_c = min(triton.next_power_of_2(channels), tile // block_l)
     return Layout(outer, channels, inner, channels * inner, inner, 1, block_c, block_l, vector)
@@ -128,11 +128,12 @@ def _block_length(inner: int, tile: int) -> int:
     return max(run for run in runs if padded[run] <= allowed)
 
 
-def _tile_and_vector(input: Tensor, inner: int) -> tuple[int, int]:
+def _tile_and_vector(input: Tensor, inner: int, vectors: int) -> tuple[int, int]:
     """Elements of a tile, and adjacent elements that one thread loads at a time."""
     if inner % _KNOWN_DIVISOR:
         return _UNFOLDED_TILE, 1
-    return _TILE_BYTES // input.element_size(), _VECTOR_BYTES // input.element_size()
+    vector = _VECTOR_BYTES // input.element_size()
+    return vectors * 32 * NUM_WARPS * vector, vector
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from asga.kernels.layout import (
     NUM_WARPS,
+    Layout,
     dense_like,
     finish_blocks,
     fold,
@@ -60,7 +61,7 @@ def mixed_fake_quant(
         return output
     input, scales, probs = dense_like(input, output), scales.contiguous(), probs.contiguous()
     zero_points = None if zero_points is None else zero_points.contiguous()
-    layout = layout_of(input, axis)
+    layout = _layout(input, axis, zero_points)
     with torch.cuda.device_of(input):
         _mixed_fake_quant_kernel[(layout.channel_blocks * layout.tiles,)](
             input,
@@ -76,7 +77,7 @@ def mixed_fake_quant(
             K=len(quant_mins),
             BLOCK_C=layout.block_c,
             BLOCK_L=layout.block_l,
-            num_warps=_warps(len(quant_mins), zero_points),
+            num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
     return output
@@ -122,7 +123,7 @@ def mixed_fake_quant_backward(
     if input.numel() == 0:
         return grad_input, grad_scales.zero_(), grad_probs.zero_(), grad_zero_points.zero_()
     grad, input = dense_like(grad, grad_input), dense_like(input, grad_input)
-    layout = layout_of(input, axis)
+    layout = _layout(input, axis, zero_points)
     splits, candidates = layout.splits, len(quant_mins)
     programs = layout.channel_blocks * splits
     scale_partials = partial_sums(input, candidates, splits, layout.channels)
@@ -150,7 +151,7 @@ def mixed_fake_quant_backward(
             BLOCK_C=layout.block_c,
             BLOCK_L=layout.block_l,
             FOLD=layout.fold,
-            num_warps=_warps(candidates, zero_points),
+            num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
         block_splits, block_c = finish_blocks(layout.channels)
@@ -174,11 +175,9 @@ def mixed_fake_quant_backward(
     return grad_input, grad_scales, grad_probs, grad_zero_points
 
 
-def _warps(candidates: int, zero_points: Tensor | None) -> int:
-    """More threads for a tile with zero points, whose bounds and sums take registers."""
-    if zero_points is None:
-        return NUM_WARPS
-    return 2 * NUM_WARPS if candidates <= 5 else 4 * NUM_WARPS
+def _layout(input: Tensor, axis: int | None, zero_points: Tensor | None) -> Layout:
+    """Tiles half as large with zero points, whose bounds and sums take registers."""
+    return layout_of(input, axis, vectors=2 if zero_points is None else 1)
 
 
 @triton.jit
@@ -247,14 +246,11 @@ def _mixed_fake_quant_backward_kernel(
     channel = first_channel + tl.arange(0, BLOCK_C)
 
     # Tuples with one entry per candidate: registers, once the loops over K are unrolled.
-    inverses, probs, lows, highs, scale_sums, prob_sums, outside_sums = (), (), (), (), (), (), ()
+    inverses, probs, scale_sums, prob_sums, outside_sums = (), (), (), (), ()
     for k in tl.static_range(K):
         scale, inverse = _scale_and_inverse(scales_ptr, k, channel, channels, compute)
         inverses += (inverse,)
         probs += (tl.load(probs_ptr + k).to(compute),)
-        low, high = _bounds(zero_points_ptr, k, channel, channels, QUANT_MINS[k], QUANT_MAXS[k], compute)
-        lows += (low,)
-        highs += (high,)
         scale_sums += (tl.zeros([BLOCK_C, BLOCK_L // FOLD], compute),)
         prob_sums += (tl.zeros([BLOCK_C, BLOCK_L // FOLD], compute),)
         if zero_points_ptr is not None:
@@ -269,7 +265,9 @@ def _mixed_fake_quant_backward_kernel(
         new_scale_sums, new_prob_sums, new_outside_sums = (), (), ()
         for k in tl.static_range(K):
             scaled = x * inverses[k]
-            clamped = clamp(scaled, lows[k], highs[k])
+            # Inside the loop: bounds of their own come from the cache for each tile, for lack of registers.
+            low, high = _bounds(zero_points_ptr, k, channel, channels, QUANT_MINS[k], QUANT_MAXS[k], compute)
+            clamped = clamp(scaled, low, high)
             inside = scaled == clamped
             rounded = round_half_even(clamped)
             passed += tl.where(inside, probs[k], 0.0)

@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write all results and the facts of the machine")
     parser.add_argument("--png", metavar="FILE", help="draw bandwidth against size")
     parser.add_argument("--batch-size", type=int, default=64, help="of activations")
+    parser.add_argument(
+        "--passes",
+        nargs="+",
+        metavar="PASSES",
+        help="what is timed: 'forward', 'forward+backward' (default: both, quick the latter)",
+    )
     parser.add_argument("--rounds", type=int, help="samples of each implementation at most; default: 31, quick 7")
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out, which takes long to compile"
@@ -41,6 +47,8 @@ def run(options: argparse.Namespace) -> None:
     config = replace(config, batch_size=options.batch_size, compiled=not options.no_compile)
     if options.only is not None:
         config = replace(config, only=tuple(options.only))
+    if options.passes is not None:
+        config = replace(config, passes=tuple(options.passes))
     if options.rounds is not None:
         config = replace(config, rounds=options.rounds)
     if options.list:

@@ -13,11 +13,6 @@ from torch import Tensor
 from asga.ops import direct
 
 
-def plain_eager() -> bool:
-    """Whether nothing but eager autograd looks at the operators: no tracing and no `torch.func` transform."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
-
-
 @cache
 def fake_quant_function(quant_min: int, quant_max: int, axis: int | None) -> Callable[..., Tensor]:
     """`torch.ops.asga.fake_quant` of ``(input, scale[, zero_point])``, with its gradients.
@@ -86,7 +81,7 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
-    """``function.apply`` without the layer in Python that looks for `torch.func`: see `plain_eager`."""
+    """``function.apply`` without the layer in Python that looks for `torch.func`."""
     return super(torch.autograd.Function, function).apply
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 import asga.ops.backends  # noqa: F401  (attaches the kernels to torch.ops.asga)
-from asga.ops.autograd import fake_quant_function, mixed_fake_quant_function, plain_eager
+from asga.ops.autograd import fake_quant_function, mixed_fake_quant_function
 from asga.ops.reference import INPUT_DTYPES, MAX_CANDIDATES
+from asga.ops.transforms import transformable, transforming
 
 
 def fake_quant(
@@ -65,8 +66,10 @@ def fake_quant(
     _check_scale("scale", scale, input, shape, axis)
     if zero_point is not None:
         _check_scale("zero_point", zero_point, input, shape, axis)
-    if not plain_eager():
+    if torch.compiler.is_compiling():
         return torch.ops.asga.fake_quant(input, scale, zero_point, quant_min, quant_max, axis)
+    if transforming():
+        return _transformable_fake_quant(input, scale, zero_point, quant_min, quant_max, axis)
     run = fake_quant_function(quant_min, quant_max, axis)
     return run(input, scale) if zero_point is None else run(input, scale, zero_point)
 
@@ -136,10 +139,16 @@ def mixed_fake_quant(
     _check_scale("scales", scales, input, (candidates, *channels), axis)
     if zero_points is not None:
         _check_scale("zero_points", zero_points, input, (candidates, *channels), axis)
-    if not plain_eager():
+    if torch.compiler.is_compiling():
         return torch.ops.asga.mixed_fake_quant(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
+    if transforming():
+        return _transformable_mixed_fake_quant(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
     run = mixed_fake_quant_function(quant_mins, quant_maxs, axis)
     return run(input, scales, probs) if zero_points is None else run(input, scales, probs, zero_points)
+
+
+_transformable_fake_quant = transformable("fake_quant", tensors=3)
+_transformable_mixed_fake_quant = transformable("mixed_fake_quant", tensors=4)
 
 
 def _check_input(input: Tensor, axis: int | None) -> int | None:

@@ -82,7 +82,8 @@ def _mixed_fake_quant_grad(ctx, grad: Tensor):
     return *grads[:3], (None if zero_points is None else grads[3]), None, None, None
 
 
-def _no_second_derivative(ctx, *grads: Tensor):
+def no_second_derivative(ctx, *grads: Tensor):
+    """The backward of a backward."""
     raise RuntimeError(
         "asga quantizers have no second derivative: the straight-through gradient is piecewise constant. "
         "Use create_graph=False, or finite differences of the gradient for curvature."
@@ -94,5 +95,5 @@ torch.library.register_autograd(
     "asga::mixed_fake_quant", _mixed_fake_quant_grad, setup_context=_mixed_fake_quant_context, lib=library
 )
 for _name in ("fake_quant_backward", "mixed_fake_quant_backward"):
-    torch.library.register_autograd(f"asga::{_name}", _no_second_derivative, lib=library)
+    torch.library.register_autograd(f"asga::{_name}", no_second_derivative, lib=library)
 del _name

@@ -4,6 +4,7 @@ Of a sharded tensor (DTensor) the lists hold the local shard; sums over them are
 the sharded dimensions, which are part of what is kept apart.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -44,13 +45,16 @@ class Lists:
         return [tensors.get(owner, other) for owner, other in zip(self.owners, missing, strict=True)]
 
 
-def collect(groups: list[dict[str, object]], *, apart: bool, may_keep: bool = False) -> list[Lists]:
+def collect(
+    groups: list[dict[str, object]], *, apart: bool, may_keep: bool = False, still: Collection[Tensor] = ()
+) -> list[Lists]:
     """All tensors with a gradient and at least one element.
 
     Args:
         groups: The parameter groups.
         apart: Whether to keep the groups apart, whose options differ.
         may_keep: Whether to keep gradients that only the parameter holds apart from the others.
+        still: Parameters that are not to be perturbed.
 
     Raises:
         RuntimeError: No parameter has a gradient.
@@ -75,7 +79,7 @@ def collect(groups: list[dict[str, object]], *, apart: bool, may_keep: bool = Fa
             lists.owners.append(param)
             lists.params.append(values)
             lists.grads.append(grad)
-            lists.rho_scales.append(group["rho_scale"])
+            lists.rho_scales.append(0.0 if param in still else group["rho_scale"])
     if not any_gradient:
         raise RuntimeError("no parameter has a gradient: call backward() on the loss first")
     return list(found.values())
@@ -87,7 +91,7 @@ def local_tensors(param: Tensor) -> tuple[Tensor, Tensor, tuple[object, ...]]:
     if not hasattr(param, "to_local"):
         return param, grad, ()
     if grad.placements != param.placements:
-        grad = grad.redistribute(placements=param.placements)
+        param.grad = grad = grad.redistribute(placements=param.placements)
     mesh = param.device_mesh
     shards = tuple(mesh.get_group(dim) for dim, place in enumerate(param.placements) if place.is_shard())
     return param.to_local(), grad.to_local(), shards

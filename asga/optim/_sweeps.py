@@ -87,6 +87,12 @@ def gradient_dots(
 
 def combine(lists: Lists, backups: list[Tensor], first_grads: list[Tensor], coefficients: Tensor) -> None:
     """B3 for any base optimizer: restore, and write d in place of g1."""
+    for index, (owner, grad) in enumerate(zip(lists.owners, lists.grads, strict=True)):
+        if grad is owner.grad and any(
+            n > 1 and stride == 0 for n, stride in zip(grad.shape, grad.stride(), strict=True)
+        ):
+            # Expanded: several values in one place cannot be written.
+            owner.grad = lists.grads[index] = grad.clone()
     coefficients = coefficients.to(lists.device)
     torch.ops.asga.sam_combine.default(lists.params, backups, first_grads, lists.grads, coefficients)
     torch.autograd.graph.increment_version(lists.params)

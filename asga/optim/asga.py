@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from asga.optim._checks import (
 )
 from asga.optim._fused import reason_not_to_fuse, update
 from asga.optim._lists import Lists, collect
+from asga.optim._quantized import QuantizedWeights
 from asga.optim._ranks import Ranks, verdict
 from asga.optim._scaling import Scaling, Witness
 from asga.optim.batchnorm import restore_running_statistics, save_running_statistics
@@ -114,6 +115,9 @@ class ASGA(Optimizer):
         variant: "sam", "aligned", "gsam" or "conflict" (the component of g0 against g1 is removed if they
             conflict).
         adaptive: ASAM: scale the perturbation by theta^2 and measure g0 as ||theta g0||.
+        perturb: "latent": the weights that are trained. "quantized": for the quantized layers of `model`, which is
+            then needed, the weights behind their quantizers, along the gradient there; everything else as with
+            "latent". Eager mode only, without `adaptive`.
         radius: "adaptive", "constant", or "proportional" to the learning rate of the first group; see
             `asga.optim.radius.Radius`.
         alpha_mode: For aligned and conflict: "relative" as in the table, in [0, 1), or "absolute" as
@@ -127,7 +131,8 @@ class ASGA(Optimizer):
         scaler: The GradScaler, if there is one.
         process_group: Over which losses are averaged: a process group, None for never, or "auto" for the default one
             where `torch.distributed` is initialized.
-        local_ascent: Whether gradients of pass 1 differ between workers; those of pass 2 must not.
+        local_ascent: Whether gradients of pass 1 differ between workers; those of pass 2 must not. Not for sharded
+            parameters.
         model: A module whose normalization layers keep the running statistics of pass 1; those of pass 2 are
             undone. Without it, running statistics move twice a step.
         **base_kwargs: For `base_optimizer`: lr, momentum, weight_decay ...
@@ -156,6 +161,7 @@ class ASGA(Optimizer):
         alpha: float | None = None,
         variant: str = "aligned",
         adaptive: bool = False,
+        perturb: str = "latent",
         radius: str = "adaptive",
         alpha_mode: str = "relative",
         max_norm: float | None = None,
@@ -170,6 +176,7 @@ class ASGA(Optimizer):
         check_base(base_optimizer)
         check_choice("variant", variant, tuple(_DEFAULT_ALPHA))
         check_choice("radius", radius, RULES)
+        check_choice("perturb", perturb, ("latent", "quantized"))
         check_choice("alpha_mode", alpha_mode, ("relative", "absolute"))
         check_choice("products", products, ("all", "guard", "none"))
         check_radius(rho_min, rho_max, radius)
@@ -179,6 +186,8 @@ class ASGA(Optimizer):
             raise ValueError(f"max_norm is {max_norm}; it must be positive and finite, or None")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module or None is needed")
+        if perturb == "quantized" and (model is None or adaptive):
+            raise ValueError("perturb is 'quantized'; that needs the model, and adaptive=False")
 
         super().__init__(params, {"rho_scale": 1.0})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
@@ -200,6 +209,10 @@ class ASGA(Optimizer):
         unknown = torch.full((), math.nan, dtype=torch.float64, device=device)
         self._last = _LastStep(unknown, unknown, unknown, unknown, unknown.expand(4), unknown)
         self._witness = Witness(device)
+        self._quantized = None
+        if perturb == "quantized":
+            scales = {p: group["rho_scale"] for group in self.param_groups for p in group["params"]}
+            self._quantized = QuantizedWeights(model, scales)
         self._buffers: dict[str, dict[Tensor, Tensor]] = {"backups": {}, "first_grads": {}}
 
     @property
@@ -259,15 +272,19 @@ class ASGA(Optimizer):
         Raises:
             RuntimeError: No parameter has a gradient, or `second_step` is due.
             TypeError: A gradient is sparse, or the loss is not a number. Nothing has been perturbed then.
-            ValueError: The loss has more than one value.
+            ValueError: The loss has more than one value, or `local_ascent` meets sharded parameters.
         """
         self._refuse_between_passes("first_step()")
         loss = self._as_scalar(loss)
         may_keep = zero_grad and not self.local_ascent
-        lists = collect(self.param_groups, apart=False, may_keep=may_keep)
+        lists = collect(self.param_groups, apart=False, may_keep=may_keep, still=self._not_moved())
+        if self.local_ascent and any(one.shards for one in lists):
+            raise ValueError("local_ascent is True, but parameters are sharded: no process has a gradient of its own")
         self._radius.before_step(self.param_groups[0])
         rho, scaling = self.rho.clone(), Scaling.of(self.scaler, self.rho.device)
         q0 = sweeps.ascent_norm(lists, self.adaptive, rho.device)
+        behind = None if self._quantized is None else self._quantized.norm(self._ranks)
+        q0 = q0 if behind is None else q0 + behind.to(q0.device)
         shift = 0.0 if self.variant == "gsam" else self.alpha
         step = torch.ops.asga.sam_ascent_step.default(q0, rho, scaling.scale, shift, self.alpha_mode == "relative")
         # Without a use for g0 in pass 2, neither is it kept.
@@ -286,6 +303,8 @@ class ASGA(Optimizer):
         try:
             for one in lists:
                 self._perturb(one, self._pending)
+            if self._quantized is not None:
+                self._quantized.perturb(step)
             if zero_grad:
                 self.zero_grad()
         except BaseException:
@@ -310,7 +329,7 @@ class ASGA(Optimizer):
             raise RuntimeError("second_step() without first_step(): there is nothing to restore")
         try:
             loss = self._as_scalar(loss)
-            lists = collect(self.param_groups, apart=True)
+            lists = collect(self.param_groups, apart=True, still=self._not_moved())
             backups_of = sweeps.by_owner(pending.backups)
             dots, coefficients = self._decide(pending, backups_of, loss, lists)
             fused = self.reason_not_fused is None
@@ -328,7 +347,7 @@ class ASGA(Optimizer):
         except BaseException:
             self.restore()
             raise
-        self._pending = None
+        self._finish()
         valid = coefficients[2] != 0
         self._last = _LastStep(coefficients[3], pending.rho, pending.q0, pending.step, dots, pending.scaling.factor)
         if pending.statistics_before is not None:
@@ -354,7 +373,13 @@ class ASGA(Optimizer):
             sweeps.restore(sweeps.by_owner(self._pending.backups, only_done=True))
             if self._pending.statistics is not None:
                 restore_running_statistics(self.model, self._pending.statistics)
-        self._pending = None
+        self._finish()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as any torch optimizer."""
+        super().zero_grad(set_to_none)
+        if self._quantized is not None:
+            self._quantized.clear()
 
     def diagnostics(self) -> dict[str, float]:
         """What the last step saw. Reading it synchronizes with the device; not reading it costs nothing.
@@ -444,9 +469,11 @@ class ASGA(Optimizer):
 
     def __getstate__(self) -> dict[str, object]:
         self._refuse_between_passes("copying or pickling")
+        if self._quantized is not None:
+            raise TypeError("an optimizer that perturbs quantized weights is tied to its model and cannot be copied")
         kept = ("base_optimizer", "variant", "alpha", "alpha_mode", "adaptive", "max_norm", "model")
         options = ("fused", "products", "local_ascent", "scaler")
-        internal = ("_radius", "_ranks", "_witness", "_last")
+        internal = ("_radius", "_ranks", "_witness", "_last", "_quantized")
         own = {name: getattr(self, name) for name in (*kept, *options, *internal)}
         return {**super().__getstate__(), **own, "_buffers": {name: {} for name in self._buffers}}
 
@@ -454,6 +481,16 @@ class ASGA(Optimizer):
         """One list of groups and one state for both, so that schedulers reach the base optimizer."""
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
+
+    def _finish(self) -> None:
+        """The step is over."""
+        self._pending = None
+        if self._quantized is not None:
+            self._quantized.restore()
+
+    def _not_moved(self) -> Collection[Tensor]:
+        """Parameters that stay where they are whatever their `rho_scale`."""
+        return () if self._quantized is None else self._quantized.latent
 
     def _check_fused(self) -> None:
         if self.fused and (reason := reason_not_to_fuse(self.base_optimizer)) is not None:
@@ -501,6 +538,8 @@ class ASGA(Optimizer):
             full = pending.first_grads is not None and (needed or self.products == "all")
             first_grads = pending.first_grads if full else None
             dots = sweeps.gradient_dots(lists, first_grads, backups, adaptive=self.adaptive, device=device)
+            if self._quantized is not None and full:
+                dots[3] += self._quantized.product(device)
         if self._ranks.several:
             bad = verdict([q0] if dots is None else [q0, dots])
             shared = self._ranks.mean(torch.stack([*losses, q0, step, bad]))

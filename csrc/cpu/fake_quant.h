@@ -39,7 +39,7 @@ class GridTable {
 template <typename scalar_t, typename Parallel>
 void fake_quant_forward(const FakeQuant<compute_t<scalar_t>>& op, const scalar_t* x, scalar_t* y,
                         const Parallel& parallel) {
-  const Work work = plan_work(op.layout);
+  const Work work = plan_work(op.layout, 0);
   const GridTable<compute_t<scalar_t>> table(work, op);
   const auto loops = fake_quant_loops<scalar_t>();
   const bool past_caches = larger_than_caches<scalar_t>(work);
@@ -52,11 +52,11 @@ void fake_quant_backward(const FakeQuant<compute_t<scalar_t>>& op, const scalar_
                          compute_t<scalar_t>* grad_scale, compute_t<scalar_t>* grad_zero_point,
                          const Parallel& parallel) {
   using compute = compute_t<scalar_t>;
-  const Work work = plan_work(op.layout);
+  const int terms = op.zero_point == nullptr ? 1 : 2;
+  const Work work = plan_work(op.layout, terms);
   const GridTable<compute> table(work, op);
   const auto loops = fake_quant_loops<scalar_t>();
   const bool past_caches = larger_than_caches<scalar_t>(work);
-  const int terms = op.zero_point == nullptr ? 1 : 2;
   std::vector<double> sums(work.slots * terms * work.lines);
   parallel(work, [&](int64_t begin, int64_t end) {
     loops.backward(work, table.view(), g, x, dx, terms, sums.data(), past_caches, begin, end);

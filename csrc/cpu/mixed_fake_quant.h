@@ -56,7 +56,7 @@ class MixedGridTable {
 template <typename scalar_t, typename Parallel>
 void mixed_fake_quant_forward(const MixedFakeQuant<compute_t<scalar_t>>& op, const scalar_t* x, scalar_t* y,
                               const Parallel& parallel) {
-  const Work work = plan_work(op.layout);
+  const Work work = plan_work(op.layout, 0);
   const MixedGridTable<compute_t<scalar_t>> table(work, op);
   const auto loops = mixed_fake_quant_loops<scalar_t>();
   const bool past_caches = larger_than_caches<scalar_t>(work);
@@ -69,11 +69,11 @@ void mixed_fake_quant_backward(const MixedFakeQuant<compute_t<scalar_t>>& op, co
                                scalar_t* dx, compute_t<scalar_t>* grad_scales, compute_t<scalar_t>* grad_probs,
                                compute_t<scalar_t>* grad_zero_points, const Parallel& parallel) {
   using compute = compute_t<scalar_t>;
-  const Work work = plan_work(op.layout);
+  const int terms = op.zero_points == nullptr ? 2 : 3;
+  const Work work = plan_work(op.layout, op.candidates * terms);
   const MixedGridTable<compute> table(work, op);
   const auto loops = mixed_fake_quant_loops<scalar_t>();
   const bool past_caches = larger_than_caches<scalar_t>(work);
-  const int terms = op.zero_points == nullptr ? 2 : 3;
   std::vector<double> sums(work.slots * op.candidates * terms * work.lines);
   parallel(work, [&](int64_t begin, int64_t end) {
     loops.backward(work, table.view(), g, x, dx, terms, sums.data(), past_caches, begin, end);

@@ -38,12 +38,15 @@ inline __attribute__((always_inline)) Task task_of(const Work& work, int64_t ind
   return {slot, first, last, work.units * slot / work.slots, work.units * (slot + 1) / work.slots};
 }
 
-inline Work plan_work(const ChannelLayout& layout) {
+// `terms` is how many sums a line has; 0 where none are computed.
+inline Work plan_work(const ChannelLayout& layout, int64_t terms) {
   // 8,192 values: 32 KiB of float32, well inside L2 with the gradient beside it, and short enough that float32 sums
   // of 512 values a lane lose nothing that matters.
   constexpr int64_t kPiece = 8192;
-  // Threads are fed from this many tasks, and every slot has sums of its own: few enough to need no memory.
+  // Threads are fed from about this many tasks.
   constexpr int64_t kTasks = 64;
+  // Every slot has sums of its own. Beyond 16 KiB of them two slots must do, for the sake of memory.
+  constexpr int64_t kSums = 2048, kFewestSlots = 2;
   // In shorter rows, tails would waste more lanes than they use. Columns pay for that with sums for every one of them,
   // so they must be long.
   constexpr int64_t kShortestRow = 8, kShortestColumn = 64, kVector = 16;
@@ -57,7 +60,7 @@ inline Work plan_work(const ChannelLayout& layout) {
     if (outer < kShortestColumn * repeat || row * repeat > kWidestRepeat) repeat = 1;
     work.width = work.lines = row * repeat;
     work.units = ceil_div(outer, repeat);
-    work.block = 256;
+    work.block = terms > 0 ? 32 : 256;
   } else {
     work.width = kPiece;
     work.units = outer * ceil_div(inner, kPiece);
@@ -68,9 +71,13 @@ inline Work plan_work(const ChannelLayout& layout) {
   if (work.block > work.lines) work.block = work.lines > 0 ? work.lines : 1;
   work.blocks = ceil_div(work.lines, work.block);
   work.slots = work.blocks > 0 ? ceil_div(kTasks, work.blocks) : 1;
-  // Sums of less than 128 values would be too much memory.
-  const int64_t most = work.lines > 0 ? layout.numel() / work.lines / 128 : 1;
-  if (work.slots > most) work.slots = most > 0 ? most : 1;
+  if (terms > 0 && work.lines > 0) {
+    const int64_t most = kSums / (terms * work.lines);
+    if (work.slots > most) work.slots = most > kFewestSlots ? most : kFewestSlots;
+    // More sums than one for 128 values would be more work than the sweep.
+    const int64_t worthwhile = layout.numel() / work.lines / 128;
+    if (work.slots > worthwhile) work.slots = worthwhile > 0 ? worthwhile : 1;
+  }
   if (work.slots > work.units) work.slots = work.units > 0 ? work.units : 1;
   return work;
 }

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<compute_t<T>>)
 // The gradients of the scales and of the zero points, if there are any: one team per sum over the slots of
 // partials[term][channel][slot].
 template <typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<A>)
     finish_kernel(A* __restrict__ grad_scale, A* __restrict__ grad_zero_point, const A* __restrict__ partials,
                   const A* __restrict__ scale, int64_t channels, int64_t slots, int team) {
   const int64_t sum = blockIdx.x * int64_t{kThreads / team} + threadIdx.x / team;

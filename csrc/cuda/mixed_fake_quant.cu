@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<compute_t<T>>)
 // team for each candidate, channel and gradient of a scale or zero point. The last blocks have one candidate each: the
 // gradient of its probability sums over the channels, too.
 template <typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<A>)
     finish_kernel(A* __restrict__ grad_scales, A* __restrict__ grad_probs, A* __restrict__ grad_zero_points,
                   const A* __restrict__ partials, const A* __restrict__ scales, const A* __restrict__ probs,
                   int candidates, int64_t channels, int64_t slots, int team) {

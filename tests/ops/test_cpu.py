@@ -13,9 +13,12 @@ from asga.ops import backends, reference
 
 ops = torch.ops.asga
 
-pytestmark = pytest.mark.skipif(
-    backends.unavailable("cpu") is not None, reason=f"no CPU kernels: {backends.unavailable('cpu')}"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        backends.unavailable("cpu") is not None, reason=f"no CPU kernels: {backends.unavailable('cpu')}"
+    ),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 QUANT_MIN, QUANT_MAX = -8, 7
 QUANT_MINS, QUANT_MAXS = [-2, -4, -8, -32, 0, 0, -128, 0], [1, 3, 7, 31, 3, 15, 127, 255]
@@ -68,25 +71,18 @@ zero_points = pytest.mark.parametrize("with_zero_point", [False, True], ids=["sy
 candidates = pytest.mark.parametrize("count", range(1, 9), ids=lambda count: f"K={count}")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors this small gain nothing from more, and the machine may have other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @cases
 @dtypes
 @zero_points
 class TestFakeQuant:
-    def test_forward_and_input_gradient_have_the_bits_of_the_reference(self, case, dtype, with_zero_point):
+    def test_forward_and_input_gradient_have_the_bits_of_the_reference(
+        self, case, dtype, with_zero_point, assert_same_bits
+    ):
         x, grad, axis = _tensors(case, dtype, special=True)
         arguments = (x, *_parameters(x, axis, with_zero_point), QUANT_MIN, QUANT_MAX, axis)
-        _assert_same_bits(ops.fake_quant(*arguments), reference.fake_quant(*arguments))
+        assert_same_bits(ops.fake_quant(*arguments), reference.fake_quant(*arguments))
         actual = ops.fake_quant_backward(grad, *arguments)[0]
-        _assert_same_bits(actual, reference.fake_quant_backward(grad, *arguments)[0])
+        assert_same_bits(actual, reference.fake_quant_backward(grad, *arguments)[0])
 
     def test_sums_are_those_of_the_reference_but_for_their_order(self, case, dtype, with_zero_point):
         x, grad, axis = _tensors(case, dtype)
@@ -114,12 +110,12 @@ class TestFakeQuant:
 @cases
 @dtypes
 class TestMixedFakeQuant:
-    def test_forward_and_input_gradient_have_the_bits_of_the_reference(self, case, dtype):
+    def test_forward_and_input_gradient_have_the_bits_of_the_reference(self, case, dtype, assert_same_bits):
         x, grad, axis = _tensors(case, dtype, special=True)
         arguments = (x, *_mixture(x, axis, 5), None, QUANT_MINS[:5], QUANT_MAXS[:5], axis)
-        _assert_same_bits(ops.mixed_fake_quant(*arguments), reference.mixed_fake_quant(*arguments))
+        assert_same_bits(ops.mixed_fake_quant(*arguments), reference.mixed_fake_quant(*arguments))
         actual = ops.mixed_fake_quant_backward(grad, *arguments)[0]
-        _assert_same_bits(actual, reference.mixed_fake_quant_backward(grad, *arguments)[0])
+        assert_same_bits(actual, reference.mixed_fake_quant_backward(grad, *arguments)[0])
 
     def test_exact_sums_are_equal(self, case, dtype):
         x, grad, axis = _dyadic(case, dtype)
@@ -134,15 +130,15 @@ class TestMixedFakeQuant:
 @candidates
 @dtypes
 @pytest.mark.parametrize("case", ["1025 values", "depthwise weight", "few columns", "many columns"])
-def test_every_number_of_candidates(case, dtype, count):
+def test_every_number_of_candidates(case, dtype, count, assert_same_bits):
     x, grad, axis = _tensors(case, dtype)
     scales, probs = _mixture(x, axis, count)
     settings = (None, QUANT_MINS[:count], QUANT_MAXS[:count])
     output = ops.mixed_fake_quant(x, scales, probs, *settings, axis)
-    _assert_same_bits(output, reference.mixed_fake_quant(x, scales, probs, *settings, axis))
+    assert_same_bits(output, reference.mixed_fake_quant(x, scales, probs, *settings, axis))
     actual = ops.mixed_fake_quant_backward(grad, x, scales, probs, *settings, axis)
     expected = reference.mixed_fake_quant_backward(grad, x, scales, probs, *settings, axis)
-    _assert_same_bits(actual[0], expected[0])
+    assert_same_bits(actual[0], expected[0])
     per_value = _per_value(grad, x, *scales, axis=axis)
     for k in range(count):
         terms = reference.mixed_fake_quant_backward(
@@ -163,13 +159,13 @@ def test_every_number_of_candidates(case, dtype, count):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("scale", [2.0**-22, 3e-5, 0.3, 97.0, 3e4], ids=str)
-def test_every_16_bit_value(dtype, scale):
+def test_every_16_bit_value(dtype, scale, assert_same_bits):
     """Loads and stores convert: subnormals, overflow, ties of the conversion, every NaN."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     arguments = (x, torch.tensor([scale]), None, -(2**16), 2**16, None)
-    _assert_same_bits(ops.fake_quant(*arguments), reference.fake_quant(*arguments))
+    assert_same_bits(ops.fake_quant(*arguments), reference.fake_quant(*arguments))
     one = (torch.tensor([0.7]), None, [-(2**16)], [2**16], None)
-    _assert_same_bits(
+    assert_same_bits(
         ops.mixed_fake_quant(x, torch.tensor([scale]), *one), reference.mixed_fake_quant(x, torch.tensor([scale]), *one)
     )
 
@@ -177,19 +173,19 @@ def test_every_16_bit_value(dtype, scale):
 class TestArguments:
     @pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf"), 1e-45], ids=str)
     @pytest.mark.parametrize("case", ["17 values", "few columns", "depthwise weight"])
-    def test_scales_that_mean_nothing_do_no_harm(self, case, scale):
+    def test_scales_that_mean_nothing_do_no_harm(self, case, scale, assert_same_bits):
         """They are not checked, as that would stall a GPU; they still take the arithmetic of the definition."""
         x, grad, axis = _tensors(case, torch.float32, special=True)
         scales = torch.full_like(_parameters(x, axis, False)[0], scale)
         arguments = (x, scales, None, QUANT_MIN, QUANT_MAX, axis)
-        _assert_same_bits(ops.fake_quant(*arguments), reference.fake_quant(*arguments))
-        _assert_same_bits(
+        assert_same_bits(ops.fake_quant(*arguments), reference.fake_quant(*arguments))
+        assert_same_bits(
             ops.fake_quant_backward(grad, *arguments)[0], reference.fake_quant_backward(grad, *arguments)[0]
         )
         mixture = (x, torch.stack([scales, scales]), torch.ones(2), None, [-8, -2], [7, 1], axis)
         if axis is None:
             mixture = (x, torch.cat([scales, scales]), *mixture[2:])
-        _assert_same_bits(ops.mixed_fake_quant(*mixture), reference.mixed_fake_quant(*mixture))
+        assert_same_bits(ops.mixed_fake_quant(*mixture), reference.mixed_fake_quant(*mixture))
 
     def test_nan_zero_points_do_no_harm(self):
         x, grad, axis = _tensors("depthwise weight", torch.float32)
@@ -207,16 +203,16 @@ class TestArguments:
         assert not grad_zero_point.isnan().any()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_parameters_of_any_floating_dtype(self, dtype):
+    def test_parameters_of_any_floating_dtype(self, dtype, assert_same_bits):
         x, grad, axis = _tensors("few columns", torch.float32)
         scale, zero_point = (parameter.to(dtype) for parameter in _parameters(x, axis, True))
         arguments = (x, scale, zero_point, QUANT_MIN, QUANT_MAX, axis)
-        _assert_same_bits(ops.fake_quant(*arguments), reference.fake_quant(*arguments))
+        assert_same_bits(ops.fake_quant(*arguments), reference.fake_quant(*arguments))
         grads = ops.fake_quant_backward(grad, *arguments)
         assert [g.dtype for g in grads] == [torch.float32, dtype, dtype]
 
     @pytest.mark.parametrize("layout", ["expanded", "transposed", "channels_last"])
-    def test_a_gradient_in_another_layout(self, layout):
+    def test_a_gradient_in_another_layout(self, layout, assert_same_bits):
         x, _, axis = _tensors("activation", torch.float32)
         grad = {
             "expanded": torch.ones(()).expand(x.shape),
@@ -227,16 +223,16 @@ class TestArguments:
         actual = ops.fake_quant_backward(grad, *arguments)
         expected = ops.fake_quant_backward(grad.contiguous(), *arguments)
         for got, wanted in zip(actual, expected, strict=True):
-            _assert_same_bits(got, wanted)
+            assert_same_bits(got, wanted)
 
-    def test_parameters_with_strides(self):
+    def test_parameters_with_strides(self, assert_same_bits):
         x, _, axis = _tensors("activation", torch.float32)
         scale = torch.rand(19, 2)[:, 0] + 0.1
         scales = (torch.rand(19, 3) + 0.1).t()
         actual = ops.fake_quant(x, scale, None, QUANT_MIN, QUANT_MAX, axis)
-        _assert_same_bits(actual, reference.fake_quant(x, scale, None, QUANT_MIN, QUANT_MAX, axis))
+        assert_same_bits(actual, reference.fake_quant(x, scale, None, QUANT_MIN, QUANT_MAX, axis))
         mixture = (x, scales, torch.linspace(0.1, 1, 6)[::2], None, [-2, -4, -8], [1, 3, 7], axis)
-        _assert_same_bits(ops.mixed_fake_quant(*mixture), reference.mixed_fake_quant(*mixture))
+        assert_same_bits(ops.mixed_fake_quant(*mixture), reference.mixed_fake_quant(*mixture))
         assert ops.mixed_fake_quant_backward(x, *mixture)[1].stride() == scales.stride()
 
 
@@ -357,12 +353,3 @@ def _assert_same_sum(actual: Tensor, expected: Tensor, terms: Tensor, x: Tensor,
     additions = min(x.numel() // max(expected.numel(), 1), 8192) + 4
     error = (actual.double() - expected.double()).abs()
     assert (error <= additions * _rounding(x) * magnitude.reshape(expected.shape)).all()
-
-
-def _assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal dtype, shape, strides and values, -0.0 unlike 0.0; any two NaNs are equal (IEEE leaves their bits open)."""
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    assert actual.stride() == expected.stride()
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(actual.signbit() & ~actual.isnan(), expected.signbit() & ~expected.isnan())

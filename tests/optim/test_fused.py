@@ -302,6 +302,16 @@ def test_several_dtypes_groups_and_layouts_at_once(make_problem, same_bits):
     assert same_bits(together, apart)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+def test_an_expanded_gradient_has_one_value_in_several_places(fused):
+    p = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    optimizer = ASGA([p], lr=1.0, fused=fused)
+    for take in (optimizer.first_step, optimizer.second_step):
+        p.grad = torch.tensor([0.5]).expand(3)
+        take()
+    assert p.tolist() == [0.5, 1.5, 2.5]
+
+
 def test_no_value_is_read_by_the_host(problem, monkeypatch):
     """What a synchronization would need: item, a truth value, tolist, or a number made from a tensor."""
     optimizer = ASGA(problem.params, torch.optim.AdamW, variant="gsam", max_norm=0.1, model=problem.model)

@@ -270,13 +270,27 @@ ASGA_INLINE void copy_registers(V (&to)[kRows][kColumns], const V (&from)[kRows]
     for (int column = 0; column < kColumns; ++column) to[row][column] = from[row][column];
 }
 
+// A register of floats as two of doubles.
+ASGA_INLINE void widen(Floats value, Doubles* to) {
+  typedef float HalfFloats __attribute__((vector_size(kRegisterBytes / 2)));
+  HalfFloats halves[2];
+  memcpy(halves, &value, sizeof value);
+  to[0] = __builtin_convertvector(halves[0], Doubles);
+  to[1] = __builtin_convertvector(halves[1], Doubles);
+}
+ASGA_INLINE void widen(Doubles value, Doubles* to) { *to = value; }
+
 // Sum of the lanes of a pack in double, always in the same order: the halves, their halves ...
 template <typename V>
 ASGA_INLINE double sum_lanes(const V* parts) {
-  double lanes[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane)
-    lanes[lane] = static_cast<double>(parts[lane / kWidth<V>][lane % kWidth<V>]);
-  for (int half = kLanes / 2; half > 0; half /= 2)
+  constexpr int kParts = kRegisters<Doubles>;
+  Doubles sums[kParts];
+  for (int r = 0; r < kRegisters<V>; ++r) widen(parts[r], sums + r * (kParts / kRegisters<V>));
+  for (int half = kParts / 2; half > 0; half /= 2)
+    for (int r = 0; r < half; ++r) sums[r] += sums[r + half];
+  double lanes[kWidth<Doubles>];
+  memcpy(lanes, sums, sizeof lanes);
+  for (int half = kWidth<Doubles> / 2; half > 0; half /= 2)
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
 }

@@ -1,0 +1,94 @@
+"""Perturbing the quantized weights of a model instead of its latent ones.
+
+At two or three bits, a perturbation of a latent weight mostly vanishes under rounding. Here the gradient of the loss is
+taken where it acts, at the quantized weight, and in pass 2 the perturbation is added behind the quantizer.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from asga.nn.layers import QuantizedLayer
+from asga.nn.quantizers import Quantizer
+from asga.optim._ranks import Ranks
+
+
+class QuantizedWeights:
+    """The quantized weights of a model as the step sees them: their gradients, and what is added to them in pass 2.
+
+    Hooks on the weight quantizers do the work in eager mode: torch.compile would leave them out of a graph.
+
+    Args:
+        model: With at least one quantized weight.
+        rho_scale_of: The `rho_scale` of every parameter of the optimizer.
+
+    Raises:
+        ValueError: No quantized weight of the model is among the parameters.
+    """
+
+    def __init__(self, model: nn.Module, rho_scale_of: dict[Tensor, float]) -> None:
+        self._scales: dict[nn.Module, float] = {}
+        self.latent: set[Tensor] = set()
+        for layer in model.modules():
+            if not isinstance(layer, QuantizedLayer) or not isinstance(layer.weight_quantizer, Quantizer):
+                continue
+            if layer.weight in rho_scale_of:
+                self._scales[layer.weight_quantizer] = rho_scale_of[layer.weight]
+                self.latent.add(layer.weight)
+                layer.weight_quantizer.register_forward_hook(self._hook)
+        if not self._scales:
+            raise ValueError("perturb is 'quantized', but the model has no quantized weight among the parameters")
+        self._grads: dict[nn.Module, Tensor] = {}
+        self._first: dict[nn.Module, Tensor] = {}
+        self._offsets: dict[nn.Module, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        """A copy of the model has no part in the steps of this optimizer."""
+        return None
+
+    def clear(self) -> None:
+        """Forget the gradients of a pass, as `zero_grad` does."""
+        self._grads = {}
+
+    def norm(self, ranks: Ranks) -> Tensor | None:
+        """Their part of q0; the gradients are those of pass 1 from now on. Not averaged by DDP, they are here."""
+        self._first, self._grads = self._grads, {}
+        if not self._first:
+            return None
+        grads = list(self._first.values())
+        ranks.average_(grads)
+        return sum(torch.ops.asga.sam_norm([g], [g], [self._scales[m]], False) for m, g in self._first.items())
+
+    def perturb(self, step: Tensor) -> None:
+        """Add ``s T^2 g0`` to the quantized weights of the forward passes to come, nothing where s is 0."""
+        for quantizer, grad in self._first.items():
+            size = (step * self._scales[quantizer] ** 2).to(grad.device, grad.dtype)
+            # 0 * Inf is NaN.
+            self._offsets[quantizer] = torch.where(size != 0, size * grad, 0.0)
+
+    def product(self, device: torch.device) -> Tensor:
+        """Their part of ``<T g0, T g1>``, 0-dim float64."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for quantizer, first in self._first.items():
+            second = self._grads.get(quantizer)
+            if second is not None:
+                scale = self._scales[quantizer]
+                total = total + torch.ops.asga.sam_dots([first], [first], [second], [scale], False)[3].to(device)
+        return total
+
+    def restore(self) -> None:
+        """End of a step: nothing is added any more."""
+        self._grads, self._first, self._offsets = {}, {}, {}
+
+    def _hook(self, quantizer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not output.requires_grad:
+            return None
+        offset = self._offsets.get(quantizer)
+        if offset is not None:
+            output = output + offset
+        output.register_hook(lambda grad: self._add(quantizer, grad))
+        return output
+
+    def _add(self, quantizer: nn.Module, grad: Tensor) -> None:
+        known = self._grads.get(quantizer)
+        # The gradient itself may be written into by what comes behind.
+        self._grads[quantizer] = grad.detach().clone() if known is None else known + grad

@@ -1,0 +1,121 @@
+"""perturb="quantized": the perturbation is added behind the quantizers."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from asga.nn import QuantLinear
+from asga.optim import ASGA
+
+RHO, LR = 0.3, 0.1
+
+
+@pytest.fixture
+def layer():
+    """One linear layer of 2-bit weights and float inputs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = QuantLinear(4, 3, bias=False, weight_bits=2, act_bits=None)
+    made.weight_quantizer.scale.requires_grad_(False)
+    return made
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 4, generator=generator), torch.randn(8, 3, generator=generator)
+
+
+def loss_of(weight, batch):
+    return (batch[0] @ weight.t() - batch[1]).square().mean()
+
+
+def optimizer_of(layer, **options):
+    settings = {"radius": "constant", "rho_max": RHO, "lr": LR, "variant": "sam", "fused": False}
+    return ASGA([layer.weight], perturb="quantized", model=layer, **(settings | options))
+
+
+def take(layer, optimizer, batch, after=lambda number: None):
+    number = 0
+
+    def closure():
+        nonlocal number
+        number += 1
+        optimizer.zero_grad()
+        loss = (layer(batch[0]) - batch[1]).square().mean()
+        loss.backward()
+        after(number)
+        return loss
+
+    return optimizer.step(closure)
+
+
+def test_pass_2_sees_the_quantized_weight_plus_the_step_along_its_gradient(layer, batch):
+    optimizer, latent = optimizer_of(layer), layer.weight.detach().clone()
+    quantized = layer.weight_quantizer(layer.weight).detach().requires_grad_()
+    (g0,) = torch.autograd.grad(loss_of(quantized, batch), quantized)
+    moved = (quantized + RHO * g0 / g0.norm()).detach().requires_grad_()
+    loss1 = loss_of(moved, batch)
+    (g1,) = torch.autograd.grad(loss1, moved)
+    start = take(layer, optimizer, batch)
+    report = optimizer.diagnostics()
+    assert report["h"] == pytest.approx((loss1 - start).item(), rel=1e-4)
+    assert report["kappa"] == pytest.approx(
+        (((g0 * g1).sum() - g0.square().sum()) / (g0.square().sum() * RHO / g0.norm())).item(), rel=1e-4
+    )
+    # The gradient at the latent weight is that of pass 2 where it passes the quantizer.
+    passed = layer.weight.grad != 0
+    torch.testing.assert_close(layer.weight.grad[passed], g1[passed])
+    torch.testing.assert_close(layer.weight.detach(), latent - LR * layer.weight.grad)
+
+
+def test_the_latent_weight_stays_and_nothing_is_added_after_the_step(layer, batch):
+    optimizer, latent = optimizer_of(layer, lr=0.0), layer.weight.detach().clone()
+    expected = layer(batch[0]).detach()
+
+    def check(number):
+        assert torch.equal(layer.weight.detach(), latent)
+
+    take(layer, optimizer, batch, check)
+    assert torch.equal(layer(batch[0]), expected)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["pass 1", "pass 2"])
+def test_a_bad_gradient_skips_the_step(layer, batch, number):
+    optimizer, latent = optimizer_of(layer), layer.weight.detach().clone()
+
+    def spoil(current):
+        if current == number:
+            layer.weight.grad[0, 0] = math.inf
+            for grad in optimizer._quantized._grads.values():
+                grad[0, 0] = math.inf
+
+    take(layer, optimizer, batch, spoil)
+    assert torch.equal(layer.weight.detach(), latent)
+    assert optimizer.diagnostics()["skipped"] == 1
+
+
+def test_an_exception_in_pass_2_ends_the_step(layer, batch):
+    optimizer, expected = optimizer_of(layer), layer(batch[0]).detach()
+
+    def interrupt(number):
+        if number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        take(layer, optimizer, batch, interrupt)
+    assert torch.equal(layer(batch[0]), expected)
+
+
+def test_what_it_needs():
+    plain = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="needs the model"):
+        ASGA(plain.parameters(), perturb="quantized")
+    with pytest.raises(ValueError, match="no quantized weight"):
+        ASGA(plain.parameters(), perturb="quantized", model=plain)
+    with pytest.raises(ValueError, match="adaptive=False"):
+        ASGA(plain.parameters(), perturb="quantized", model=plain, adaptive=True)
+    with pytest.raises(ValueError, match="perturb is 'both'"):
+        ASGA(plain.parameters(), perturb="both")
