@@ -86,7 +86,7 @@ def _compile_all() -> list[dict]:
             if name in WIDEST and architecture == 90:
                 for candidates in range(2, MAX_CANDIDATES + 1):
                     _launch_mixture(x, axis, candidates, offset=candidates % 2 == 1)
-        # Sums in float64 keep the most registers, on every architecture the same.
+        # Few train in float64: one architecture stands for all.
         for step in STEPS if architecture == 90 else STEPS[:2]:
             name = step[0]  # compile_only reads it
             _launch_step(*step[1:])
