@@ -119,3 +119,13 @@ class TestAccelerate:
         accelerator.load_state(tmp_path)
         self.train(accelerator, optimizer, model, labeled_batches())
         assert (bits_of(model.state_dict()), bits_of(optimizer.state_dict())) == after
+
+    def test_float16_with_its_own_scaler_is_an_error_before_anything_moves(self, accelerate, tiny_net, labeled_batches):
+        accelerator = accelerate.Accelerator(cpu=True)
+        model = tiny_net().eval()
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler = torch.amp.GradScaler("cpu")
+        optimizer = accelerate.optimizer.AcceleratedOptimizer(ASGA(model.parameters(), lr=0.1), scaler=scaler)
+        with pytest.raises(AssertionError, match="Attempted step"):
+            self.train(accelerator, optimizer, model, labeled_batches())
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
