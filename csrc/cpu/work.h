@@ -9,7 +9,7 @@
 
 namespace asga {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+ASGA_NO_COPY int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A line is what has one grid and one set of sums: a channel, or a column where a channel's values are too few in a
 // row for a vector. A task is a block of neighboring lines for a range of units.
@@ -22,9 +22,9 @@ struct Work {
   ChannelLayout layout;
   int64_t width, units, lines, block, blocks, slots;
 
-  int64_t tasks() const { return blocks * slots; }
-  int64_t pieces_per_row() const { return columns ? 1 : ceil_div(layout.inner, width); }
-  int64_t channel_of(int64_t line) const { return columns ? line / layout.inner % layout.channels : line; }
+  ASGA_NO_COPY int64_t tasks() const { return blocks * slots; }
+  ASGA_NO_COPY int64_t pieces_per_row() const { return columns ? 1 : ceil_div(layout.inner, width); }
+  ASGA_NO_COPY int64_t channel_of(int64_t line) const { return columns ? line / layout.inner % layout.channels : line; }
 };
 
 // The task with a number: tasks of neighboring numbers work on neighboring memory.
@@ -32,7 +32,7 @@ struct Task {
   int64_t slot, first_line, last_line, first_unit, last_unit;
 };
 
-inline __attribute__((always_inline)) Task task_of(const Work& work, int64_t index) {
+ASGA_NO_COPY Task task_of(const Work& work, int64_t index) {
   const int64_t slot = index / work.blocks, first = (index - slot * work.blocks) * work.block;
   const int64_t last = first + work.block < work.lines ? first + work.block : work.lines;
   return {slot, first, last, work.units * slot / work.slots, work.units * (slot + 1) / work.slots};
