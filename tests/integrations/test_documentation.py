@@ -60,6 +60,7 @@ import asga.optim, torch.distributed.checkpoint, torch.distributed.fsdp
 SETUP, BLOCKS = {setup!r}, {blocks!r}
 
 def work(rank, ports):
+    ports = ports.get()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE="True")
     for (number, code), port in zip(BLOCKS.items(), ports):
@@ -76,8 +77,14 @@ def work(rank, ports):
             print(number, torch.equal(*both), int(report["steps"]), int(report["skipped"]), flush=True)
         dist.destroy_process_group()
 
+# The stores have threads, and a process with threads had better not be forked.
+queue = mp.get_context("fork").SimpleQueue()
+processes = mp.start_processes(work, (queue,), nprocs=2, start_method="fork", join=False)
 stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in BLOCKS]
-mp.start_processes(work, ([store.port for store in stores],), nprocs=2, start_method="fork")
+for _ in range(2):
+    queue.put([store.port for store in stores])
+while not processes.join():
+    pass
 """
 
 
