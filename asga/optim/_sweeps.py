@@ -40,8 +40,8 @@ def perturb(
     An interrupt may come right before or right after the sweep. The note is made before it, and one parameter more,
     whose backup is `done`, tells whether the sweep has run.
     """
-    one, zero, done = lists.params[0].new_tensor([[1.0], [0.0], [0.0]]).unbind()
-    zero = zero.to(lists.grads[0].dtype)
+    # Fills: a tensor of given values would be copied from the host, which a GPU waits for.
+    one, done, zero = lists.params[0].new_ones(1), lists.params[0].new_zeros(1), lists.grads[0].new_zeros(1)
     backups.append(Backup(lists.owners, kept, lists.rho_scales, done))
     copies = [*first_grads, torch.empty_like(zero)] if first_grads else []
     torch.ops.asga.sam_perturb.default(
