@@ -16,7 +16,6 @@ _SPECIAL = (
     *(float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, -1e-40, 3e38, -3e38),
     *(0.125, 0.375, 0.625, -0.125, -0.375, 1.875),
 )
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Case(NamedTuple):
@@ -91,22 +90,6 @@ def next_to_ties(device) -> tuple[Tensor, Tensor]:
     x = (torch.arange(-32, 32) + 0.5) * scale[:, None]
     assert ((x / scale[:, None]).round() != (x * (1 / scale)[:, None]).round()).sum() > 100
     return x.to(device), scale.to(device)
-
-
-@pytest.fixture(scope="session")
-def assert_same_bits() -> Callable[[Tensor, Tensor], None]:
-    """Equal dtype, shape, strides and bits; any two NaNs are equal, as IEEE leaves their payload open."""
-
-    def check(actual: Tensor, expected: Tensor) -> None:
-        assert actual.dtype == expected.dtype
-        assert actual.shape == expected.shape
-        assert actual.stride() == expected.stride()
-        bits = _BITS[actual.element_size()]
-        differ = actual.view(bits) != expected.view(bits)
-        differ &= ~(actual.isnan() & expected.isnan())
-        assert not differ.any(), f"{differ.sum()} values differ: {actual[differ][:5]} for {expected[differ][:5]}"
-
-    return check
 
 
 @pytest.fixture(scope="session")

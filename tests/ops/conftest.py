@@ -1,8 +1,7 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 
 @pytest.fixture(scope="module")
@@ -12,17 +11,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def assert_same_bits() -> Callable[[Tensor, Tensor], None]:
-    """Equal dtype, shape, strides and values, -0.0 unlike 0.0; any two NaNs are equal (IEEE leaves their bits open)."""
-
-    def check(actual: Tensor, expected: Tensor) -> None:
-        assert actual.dtype == expected.dtype
-        assert actual.shape == expected.shape
-        assert actual.stride() == expected.stride()
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(actual.signbit() & ~actual.isnan(), expected.signbit() & ~expected.isnan())
-
-    return check
