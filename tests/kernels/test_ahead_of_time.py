@@ -2,7 +2,7 @@
 
 Run as a program, this file calls the launchers on CPU tensors while each launch compiles its kernel instead
 of running it, and prints what the compiler made of it. So what is tested has the tiles, types and alignments
-of a real launch. That needs a process without TRITON_INTERPRET, and one process pays for all tests.
+of a real launch. That needs processes without TRITON_INTERPRET: one for each architecture, for all tests.
 """
 
 import ast
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ SCALARS = {"_ascent_step_kernel", "_coefficients_kernel", "_adam_sizes_kernel"}
 SUMS = {"_norm_kernel", "_dots_kernel"}
 
 
-def _compile_all() -> list[dict]:
-    """Compile every launch for every architecture; one record per kernel."""
+def _compile_all(architecture: int) -> list[dict]:
+    """Compile every launch for an architecture; one record per kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -74,22 +75,21 @@ def _compile_all() -> list[dict]:
             records[id(compiled)] = label | _inspect(compiled)
 
     JITFunction.run = compile_only
-    for architecture in ARCHITECTURES:
-        driver.set_active(Target(architecture))
-        for name, shape, axis, dtype in INPUTS:  # compile_only reads the name
-            x = torch.zeros(shape, dtype=dtype)
-            # float32 with and bfloat16 without zero points: a representative half of the combinations
-            _launch_single(x, axis, offset=dtype == torch.float32)
-            _launch_mixture(x, axis, DEFAULT_CANDIDATES, offset=dtype == torch.float32)
-            if name in WIDEST:
-                _launch_mixture(x, axis, MAX_CANDIDATES, offset=True)
-            if name in WIDEST and architecture == 90:
-                for candidates in range(2, MAX_CANDIDATES + 1):
-                    _launch_mixture(x, axis, candidates, offset=candidates % 2 == 1)
-        # Few train in float64: one architecture stands for all.
-        for step in STEPS if architecture == 90 else STEPS[:2]:
-            name = step[0]  # compile_only reads it
-            _launch_step(*step[1:])
+    driver.set_active(Target(architecture))
+    for name, shape, axis, dtype in INPUTS:  # compile_only reads the name
+        x = torch.zeros(shape, dtype=dtype)
+        # float32 with and bfloat16 without zero points: a representative half of the combinations
+        _launch_single(x, axis, offset=dtype == torch.float32)
+        _launch_mixture(x, axis, DEFAULT_CANDIDATES, offset=dtype == torch.float32)
+        if name in WIDEST:
+            _launch_mixture(x, axis, MAX_CANDIDATES, offset=True)
+        if name in WIDEST and architecture == 90:
+            for candidates in range(2, MAX_CANDIDATES + 1):
+                _launch_mixture(x, axis, candidates, offset=candidates % 2 == 1)
+    # Few train in float64: one architecture stands for all.
+    for step in STEPS if architecture == 90 else STEPS[:2]:
+        name = step[0]  # compile_only reads it
+        _launch_step(*step[1:])
     return list(records.values())
 
 
@@ -160,9 +160,15 @@ def compiled(tmp_path_factory) -> list[dict]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     # A cache of its own: a kernel compiled earlier would prove nothing.
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+
+    def compile_for(architecture: int) -> list[dict]:
+        command = [sys.executable, __file__, str(architecture)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [record for records in pool.map(compile_for, ARCHITECTURES) for record in records]
 
 
 def _all_kernels() -> set[str]:
@@ -203,4 +209,4 @@ def test_sweeps_over_aligned_tensors_use_vectors(compiled):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(_compile_all()))
+    print(json.dumps(_compile_all(int(sys.argv[1]))))
