@@ -9,14 +9,19 @@ from asga.info import collect
 
 
 def machine_facts() -> dict[str, object]:
-    """`asga.info.collect`, and what else decides about memory-bound work. Plain JSON values; null: unknown here."""
+    """`asga.info.collect`, and what else decides about memory-bound work. Plain JSON values; null: unknown here.
+
+    Libraries by name alone: results are for others to read.
+    """
+    facts = collect()
     return {
         "cpu_model": _first_match("/proc/cpuinfo", r"model name\s*:\s*(.+)"),
         "cores": os.cpu_count(),
         "memory_bytes": _kilobytes("MemTotal"),
         "transparent_huge_pages": _first_match("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]"),
         "libc": " ".join(platform.libc_ver()).strip() or None,
-        **collect(),
+        **facts,
+        "libraries": [Path(path).name for path in facts["libraries"]],
     }
 
 
