@@ -136,23 +136,34 @@ class PolicySearcher:
             ValueError: The loader is empty, has no length, or has one class only.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the search.
         """
-        profiles, limits = self.check(loader)
-        mixed = prepare(self.model, self.space).train()
-        calibrate(mixed, first_batches(loader, self.calibration_batches))
-        search = _Search(self, mixed, profiles, limits, steps=self.epochs * len(loader))
+        search = self.start(loader)
         stage = Stage(self.stage, self.epochs, search.parts, folder=self.folder, progress=self.progress)
         history = stage.run(loader, search.step, search.end_epoch)
         log_probs = search.log_probs()
-        policy = best_policy(log_probs, self.choices, profiles, self.budget, self.meta)
+        policy = best_policy(log_probs, self.choices, search.profiles, self.budget, self.meta)
         return SearchResult(
             policy=policy,
             budget=self.budget,
             choices=self.choices,
-            profiles=profiles,
+            profiles=search.profiles,
             log_probs=log_probs,
             expected_cost=search.expected_now(),
             history=history,
         )
+
+    def start(self, loader: Iterable[tuple[Tensor, Tensor]]) -> "Search":
+        """The search before its first step, for a loop of one's own; `fit` makes all steps and ends with the policy.
+
+        Args:
+            loader: As for `fit`; its first batches calibrate the scales, its length and `epochs` set the schedules.
+
+        Raises:
+            InfeasibleBudgetError, ImportError, TrainingError, ValueError: As `fit` does.
+        """
+        profiles, limits = self.check(loader)
+        mixed = prepare(self.model, self.space).train()
+        calibrate(mixed, first_batches(loader, self.calibration_batches))
+        return Search(self, mixed, profiles, limits, steps=self.epochs * len(loader))
 
     def check(self, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, LayerProfile], dict[str, int]]:
         """Find what would make `fit` refuse to start, without training: for before a float model is trained.
@@ -179,8 +190,14 @@ class PolicySearcher:
         return profiles, limits
 
 
-class _Search:
-    """A search under way: the mixture, its optimizers, and one step of training."""
+class Search:
+    """A search under way: the mixture, its optimizers, and one step of training. `PolicySearcher.start` makes one.
+
+    Attributes:
+        model: The mixture.
+        profiles: What its layers cost.
+        parts: Everything that changes in a step, by name.
+    """
 
     def __init__(
         self,
@@ -190,7 +207,8 @@ class _Search:
         limits: Mapping[str, int],
         steps: int,
     ) -> None:
-        self._options, self._mixed, self._steps = options, mixed, steps
+        self.model, self.profiles = mixed, profiles
+        self._options, self._steps = options, steps
         self._device = next(mixed.parameters()).device
         self._layers = {name: module for name, module in mixed.named_modules() if isinstance(module, QuantizedLayer)}
         self._costs = _ExpectedCosts(profiles, options.choices, limits, self._device)
@@ -215,14 +233,26 @@ class _Search:
         }
 
     def step(self, inputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Train on one batch.
+
+        Args:
+            inputs: A batch for the model.
+            labels: int64 ``[B]``.
+
+        Returns:
+            Loss and accuracy of the mixture before the step.
+
+        Raises:
+            TrainingError: The labels do not fit, or the loss has not been finite for several steps.
+        """
         inputs, labels = inputs.to(self._device), labels.to(self._device)
-        set_temperature(self._mixed, self._temperature())
+        set_temperature(self.model, self._temperature())
         seen: dict[str, Tensor] = {}
 
         def closure() -> Tensor:
             self._optimizer.zero_grad()
             self._logit_optimizer.zero_grad()
-            outputs = class_logits(self._mixed, inputs, self._options.autocast)
+            outputs = class_logits(self.model, inputs, self._options.autocast)
             if not seen:
                 check_labels(labels, outputs)
             loss = self._options.loss_fn(outputs, labels)
@@ -244,6 +274,7 @@ class _Search:
         return {"loss": loss, "accuracy": accuracy}
 
     def end_epoch(self, epoch: int) -> dict[str, object]:
+        """Log the probabilities; returns what else to log of an epoch."""
         record = {
             "lr": self._optimizer.param_groups[0]["lr"],
             "temperature": self._temperature(),

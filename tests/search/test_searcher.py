@@ -137,6 +137,17 @@ class TestResult:
         assert result.log_probs["conv1"].weight == (0.0,)
 
     @METHODS
+    def test_a_loop_of_ones_own_makes_the_same_steps(self, tiny_net, labeled_batches, method):
+        batches = labeled_batches()
+        torch.manual_seed(0)
+        result = search(tiny_net(), batches, method=method)
+        torch.manual_seed(0)
+        started = PolicySearcher(tiny_net(), budget=W4A4, epochs=1, method=method).start(batches)
+        for inputs, labels in batches:
+            assert started.step(inputs, labels).keys() == {"loss", "accuracy"}
+        assert started.log_probs() == result.log_probs
+
+    @METHODS
     def test_the_model_is_left_alone(self, tiny_net, labeled_batches, bits_of, method):
         model = tiny_net().eval()
         before = bits_of(copy.deepcopy(model.state_dict()))
