@@ -184,6 +184,7 @@ class _Mixed(Quantizer):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self._given_probs: Tensor | None = None
         self.logits = nn.Parameter(torch.zeros(len(self._candidates), device=self.floor.device))
         self.register_buffer("temperature", torch.ones((), device=self.floor.device))
 
@@ -193,8 +194,28 @@ class _Mixed(Quantizer):
         return self._candidates
 
     def probs(self) -> Tensor:
-        """Probabilities of the candidates, ``[K]`` float32, differentiable in the logits."""
+        """Probabilities of the candidates, ``[K]`` float32, differentiable in the logits unless others are given."""
+        if self._given_probs is not None:
+            return self._given_probs
         return torch.softmax(self.logits.to(torch.float32) / self.temperature, dim=0)
+
+    def use_probs(self, probs: Tensor | None) -> None:
+        """Weigh the candidates by `probs`, ``[K]`` float32, instead of the softmax; None: by the softmax again.
+
+        For probabilities that are computed elsewhere: of many mixtures at once, or with noise. They are no part of
+        the state.
+        """
+        self._given_probs = probs
+
+    def candidate(self, input: Tensor, index: int) -> Tensor:
+        """`input` quantized by one candidate alone, as `forward` does it when that has probability one."""
+        given = self._given_probs
+        self._given_probs = torch.zeros_like(self.logits, requires_grad=False)
+        self._given_probs[index] = 1
+        try:
+            return self._quantize(input)
+        finally:
+            self._given_probs = given
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"

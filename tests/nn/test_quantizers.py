@@ -191,6 +191,31 @@ class TestMixture:
             expected = 0.25 * torch.stack([sums[0] - sums[1], sums[1] - sums[0]])
         torch.testing.assert_close(mixed.logits.grad, expected, rtol=1e-4, atol=1e-5)
 
+    def test_given_probabilities_take_the_place_of_the_softmax(self, weight, activation):
+        for quantizer, tensor in (
+            (MixedWeightQuantizer(weight, BITS), weight),
+            (MixedActQuantizer(BITS), activation),
+        ):
+            even = quantizer(tensor)
+            given = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.0], requires_grad=True)
+            quantizer.use_probs(given)
+            assert quantizer.probs() is given
+            quantizer(tensor).sum().backward()
+            assert given.grad is not None
+            assert quantizer.logits.grad is None
+            quantizer.use_probs(None)
+            assert torch.equal(quantizer(tensor), even)
+
+    def test_a_candidate_alone_is_the_fixed_quantizer(self, weight, activation):
+        quantizer = MixedWeightQuantizer(weight, BITS, init="lsq")
+        for index, bits in enumerate(BITS):
+            fixed = WeightQuantizer(weight, bits, init="lsq")(weight)
+            torch.testing.assert_close(quantizer.candidate(weight, index), fixed, rtol=1e-6, atol=1e-6)
+        quantizer = MixedActQuantizer(BITS)
+        quantizer(activation)
+        assert [len(quantizer.candidate(activation, index).unique()) for index in range(2)] == [4, 8]
+        assert quantizer.probs().tolist() == pytest.approx([0.2] * 5)
+
     def test_one_candidate_has_probability_one(self, weight):
         assert MixedWeightQuantizer(weight, [4]).probs().tolist() == [1.0]
 
