@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees either the old content or the new, never a part."""
+"""Files written so that a reader sees either the old content or the new, never a part; JSON read with clear errors."""
 
 import io
 import json
@@ -29,6 +29,22 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Write `value` as indented JSON. NaN and infinities are refused: they are not JSON."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> dict[str, object]:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not JSON, or another JSON value; the message names the file.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}; a JSON object is needed")
+    return value
 
 
 def save_tensors(path: str | os.PathLike, value: object) -> None:

@@ -94,8 +94,8 @@ def _settings(folder: RunFolder, console: Console, seed: int) -> tuple[Setting, 
     large_val = open_dataset("digits", "val", image_size=_TARGET_SIDE)
     target = Batches(large, _TARGET_BATCH, shuffle=True, augment=True, seed=seed)
     return (
-        Setting(folder, console, proxy, validation_batches(small_val, proxy, "cpu"), None),
-        Setting(folder, console, target, validation_batches(large_val, target, "cpu"), None),
+        Setting(folder, console, proxy, validation_batches(small_val, "cpu", mean=proxy.mean, std=proxy.std), None),
+        Setting(folder, console, target, validation_batches(large_val, "cpu", mean=target.mean, std=target.std), None),
     )
 
 

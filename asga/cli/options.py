@@ -3,14 +3,14 @@
 import argparse
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from asga.cli.console import Console
-from asga.data import Batches, open_dataset
+from asga.data import Batches, ImageFiles, ImageTensor, open_dataset
 from asga.models import build_model
 from asga.search import Budget
 
@@ -76,29 +76,33 @@ def open_batches(options: argparse.Namespace, console: Console) -> tuple[Batches
     Raises:
         ValueError: The data cannot be used, or --device is not there.
     """
+    dataset = open_split(options, "train", console, limit=options.limit)
+    train = Batches(dataset, options.batch_size, shuffle=True, augment=True, seed=options.seed, device=options.device)
+    val = open_split(options, "val", console)
+    return train, validation_batches(val, options.device, mean=train.mean, std=train.std)
+
+
+def open_split(
+    options: argparse.Namespace, split: str, console: Console, *, limit: int | None = None
+) -> ImageTensor | ImageFiles:
+    """The images of one split of --data.
+
+    Raises:
+        ValueError: The data cannot be used, or --device is not there.
+    """
     _check_device(options.device)
-
-    def read(split: str, limit: int | None) -> object:
-        with console.reading(f"reading {options.data} ({split})") as progress:
-            return open_dataset(
-                options.data, split, image_size=options.image_size, limit=limit, seed=options.seed, progress=progress
-            )
-
-    train = Batches(
-        read("train", options.limit),
-        options.batch_size,
-        shuffle=True,
-        augment=True,
-        seed=options.seed,
-        device=options.device,
-    )
-    return train, validation_batches(read("val", None), train, options.device)
+    with console.reading(f"reading {options.data} ({split})") as progress:
+        return open_dataset(
+            options.data, split, image_size=options.image_size, limit=limit, seed=options.seed, progress=progress
+        )
 
 
-def validation_batches(dataset: object, train: Batches, device: str) -> Batches:
-    """Batches for evaluation, normalized as those for training."""
+def validation_batches(
+    dataset: ImageTensor | ImageFiles, device: str, *, mean: Sequence[float], std: Sequence[float]
+) -> Batches:
+    """Batches for evaluation, normalized by the mean and the standard deviation of the training images."""
     # 512 images of any size that fits in memory; evaluation keeps no activations.
-    return Batches(dataset, 512, shuffle=False, augment=False, mean=train.mean, std=train.std, device=device)
+    return Batches(dataset, 512, shuffle=False, augment=False, mean=mean, std=std, device=device)
 
 
 def model_factory(name: str, batches: Batches, device: str) -> Callable[[int], nn.Module]:
@@ -109,7 +113,13 @@ def model_factory(name: str, batches: Batches, device: str) -> Callable[[int], n
     def build(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         extra = {"small_images": True} if small else {}
-        return build_model(name, batches.dataset.num_classes, channels, **extra).to(device)
+        model = build_model(name, batches.dataset.num_classes, channels, **extra).to(device)
+        for module in model.modules():
+            # A convolution gives what comes after it the layout of its weight. On CPUs, and on GPUs in half precision,
+            # those with channels last are faster.
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+        return model
 
     return build
 

@@ -100,7 +100,12 @@ def run(options: argparse.Namespace) -> None:
             bits = "mixed" if name == "searched" else name.removeprefix("uniform ")
             table.append(table_row(name, records, bits=bits, costs=costs[name], bitops_share=share))
         show_table(console, f"{data_name(options.data)}, {architecture}", table)
-        result = {"command": "transfer", "seconds": time.perf_counter() - started, "table": table}
+        result = {
+            "command": "transfer",
+            "seconds": time.perf_counter() - started,
+            "table": table,
+            "normalization": {"mean": train.mean, "std": train.std},
+        }
         finish_run(folder, result, policy, console)
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from asga._files import read_json
 from asga.policy import Policy
 
 # What is logged of an epoch; see `asga.training.Stage` and the trainers for the keys.
@@ -60,9 +61,9 @@ def read_run(folder: str | os.PathLike) -> Run:
         stage, seed = _stage_and_seed(epoch["stage"])
         stages.setdefault(stage, {}).setdefault(seed, []).append(epoch)
     return Run(
-        config=_read_json(folder / "config.json") if "config.json" in present else {},
+        config=read_json(folder / "config.json") if "config.json" in present else {},
         policy=Policy.load(folder / "policy.json") if "policy.json" in present else None,
-        result=_read_json(folder / "result.json") if "result.json" in present else None,
+        result=read_json(folder / "result.json") if "result.json" in present else None,
         stages=stages,
         last_epoch=epochs[-1] if epochs else None,
         probabilities=probabilities[-1] if probabilities else {},
@@ -84,13 +85,3 @@ def _read_lines(path: Path) -> tuple[list[dict[str, object]], int]:
 def _stage_and_seed(name: str) -> tuple[str, str]:
     match = re.fullmatch(r"(.+)/(seed\d+)", name)
     return (match[1], match[2]) if match else (name, "")
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}; a JSON object is needed")
-    return value

@@ -1,6 +1,9 @@
 import json
+import shutil
 
 import pytest
+
+from asga.training import evaluate
 
 
 @pytest.fixture
@@ -11,6 +14,33 @@ def trained(run, transfer_arguments, tmp_path):
 
 def test_other_data_of_the_same_classes(run, trained, target):
     assert run("evaluate", trained, "--data", target, "--device", "cpu")[1] == run("evaluate", trained)[1]
+
+
+def test_other_data_are_normalized_as_the_training_data(run, trained, target, tmp_path):
+    """Brighter images of the same classes: normalized by themselves, they would look like those of training."""
+    image = pytest.importorskip("PIL.Image")
+    root = tmp_path / "brighter"
+    shutil.copytree(target.partition(":")[2], root)
+    for path in root.rglob("*.png"):
+        image.open(path).point(lambda value: min(255, value + 100)).save(path)
+    batches = []
+
+    def watch(model, val, **options):
+        batches.append(next(iter(val))[0])
+        return evaluate(model, val, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asga.cli.evaluate.evaluate", watch)
+        assert run("evaluate", trained, "--data", f"imagefolder:{root}")[0] == 0
+        assert run("evaluate", trained)[0] == 0
+    brighter, own = batches
+    std = json.loads((trained / "result.json").read_text())["normalization"]["std"]
+    assert (brighter - own).amax((0, 2, 3)) == pytest.approx([100 / 255 / value for value in std], rel=1e-4)
+
+
+def test_result_of_an_older_version(fails, trained):
+    (trained / "result.json").write_text("{}")
+    assert "result.json does not say how images were normalized" in fails("evaluate", trained)
 
 
 def test_data_of_other_classes(fails, trained, proxy):
@@ -32,7 +62,7 @@ def test_damaged_configuration(fails, tmp_path, content):
     assert "config.json is not the configuration of a run" in fails("evaluate", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model.pt", "policy.json"])
+@pytest.mark.parametrize("name", ["model.pt", "policy.json", "result.json"])
 def test_unfinished_run(fails, trained, name):
     (trained / name).unlink()
     assert name in fails("evaluate", trained)
