@@ -15,7 +15,7 @@ from asga.nn import calibrate
 from asga.ops import backend, get_backend, set_backend
 from asga.policy import LayerPolicy, Policy
 from asga.search import Budget, InfeasibleBudgetError, PolicySearcher, SearchResult, SearchSpace
-from asga.training import TrainingError, evaluate
+from asga.steps import TrainingError, evaluate
 from asga.transfer import TransferResult, TransferTrainer
 
 __all__ = [

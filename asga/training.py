@@ -1,6 +1,5 @@
-"""Training loops that can be watched, interrupted and resumed; evaluation."""
+"""Training loops that can be watched, interrupted and resumed, and the batches they run on."""
 
-import contextlib
 import itertools
 import math
 import signal
@@ -13,14 +12,12 @@ from types import FrameType
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.optimizer import Optimizer
+from torch import Tensor
 
+from asga._batches import Batch, Inputs, all_finite, split
 from asga.runs import RunFolder
+from asga.steps import TrainingError, finite
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 # Steps in a row whose loss is not finite before training gives up: the optimizers skip such steps, so a few of them
 # do no harm, but a network that has diverged does not come back.
 _MAX_BAD_STEPS = 10
@@ -47,15 +44,6 @@ class Progress:
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss and top-1 accuracy (0 to 1) over `images` images."""
-
-    loss: float
-    top1: float
-    images: int
-
-
 class Stateful(Protocol):
     """Something that a checkpoint holds: modules, optimizers, schedulers."""
 
@@ -64,50 +52,6 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict[str, object]) -> object:
         """Take over such a state."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is not finite, or the data do not fit the model."""
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    loss_fn: LossFunction = functional.cross_entropy,
-    autocast: torch.dtype | None = None,
-) -> Evaluation:
-    """Loss and accuracy of a classifier, in eval mode; the training mode is restored.
-
-    Args:
-        model: Maps a batch of inputs to logits ``[B, classes]``.
-        batches: Pairs of inputs and labels int64 ``[B]``.
-        loss_fn: The mean loss over a batch of logits and labels.
-        autocast: Run the model under autocast to this dtype.
-
-    Raises:
-        ValueError: There is no batch.
-        TrainingError: A label is outside the model's classes, or a batch or an output is of another kind.
-    """
-    device = next(model.parameters()).device
-    mode = model.training
-    model.eval()
-    loss = correct = torch.zeros((), dtype=torch.float64, device=device)
-    images = 0
-    try:
-        for inputs, labels in map(_check_pair, batches):
-            inputs, labels = inputs.to(device), labels.to(device)
-            logits = class_logits(model, inputs, autocast)
-            check_labels(labels, logits)
-            loss = loss + loss_fn(logits, labels).double() * len(labels)
-            correct = correct + (logits.argmax(1) == labels).sum()
-            images += len(labels)
-    finally:
-        model.train(mode)
-    if images == 0:
-        raise ValueError("batches is empty: there is nothing to evaluate")
-    return Evaluation(loss.item() / images, correct.item() / images, images)
 
 
 class Stage:
@@ -144,15 +88,15 @@ class Stage:
 
     def run(
         self,
-        loader: Iterable[tuple[Tensor, Tensor]],
-        step: Callable[[Tensor, Tensor], dict[str, float]],
+        loader: Iterable[Batch],
+        step: Callable[[Inputs, Tensor], dict[str, float]],
         end_epoch: Callable[[int], dict[str, object]] | None = None,
     ) -> list[dict[str, object]]:
         """Run what is left of the stage.
 
         Args:
-            loader: Pairs of inputs and labels; anything with a length. `asga.data.Batches` resumes inside an
-                epoch at no cost; other loaders are run through up to the batch, and give the same batches
+            loader: Batches of a form that `asga.evaluate` takes; anything with a length. `asga.data.Batches` resumes
+                inside an epoch at no cost; other loaders are run through up to the batch, and give the same batches
                 only if they draw them from torch's global generator or not at all.
             step: Trains on one batch and returns numbers to average over the epoch.
             end_epoch: Returns what else to log; called with the epoch, counted from 1.
@@ -201,7 +145,7 @@ class Stage:
         self._averages = _Averages()
         self._save()
 
-    def _batches(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, loader: Iterable[Batch]) -> Iterator[tuple[Inputs, Tensor]]:
         """What is left of the epoch. A loader draws its order when the epoch begins: from that random state."""
         if self._step == 0:
             self._random_at_epoch = _random_state()
@@ -240,13 +184,11 @@ class Stage:
         _set_random_state(state["random"])
 
 
-def batches_from(
-    loader: Iterable[tuple[Tensor, Tensor]], epoch: int, start: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches_from(loader: Iterable[Batch], epoch: int, start: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
     """Iterate over epoch `epoch` of a loader from batch `start` on; earlier ones are passed over at once.
 
     Raises:
-        TrainingError: A batch is no pair of tensors.
+        TypeError: A batch has none of the forms that `asga.evaluate` takes.
     """
     for owner in (loader, getattr(loader, "sampler", None)):
         if hasattr(owner, "set_epoch"):
@@ -256,15 +198,15 @@ def batches_from(
     batches = iter(loader)
     for _ in itertools.islice(batches, start):
         pass
-    return map(_check_pair, batches)
+    return map(split, batches)
 
 
-def finite_batches(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def finite_batches(batches: Iterable[tuple[Inputs, Tensor]]) -> Iterator[tuple[Inputs, Tensor]]:
     """Leave out batches with NaN or infinities, which would spoil what is measured on them."""
-    return ((inputs, labels) for inputs, labels in batches if torch.isfinite(inputs).all())
+    return ((inputs, labels) for inputs, labels in batches if all_finite(inputs))
 
 
-def first_batches(loader: Iterable[tuple[Tensor, Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
+def first_batches(loader: Iterable[Batch], count: int) -> list[tuple[Inputs, Tensor]]:
     """Up to `count` batches of epoch 0 to calibrate on, those with NaN or infinities left out.
 
     Raises:
@@ -276,7 +218,7 @@ def first_batches(loader: Iterable[tuple[Tensor, Tensor]], count: int) -> list[t
     return found
 
 
-def count_batches(loader: Iterable[tuple[Tensor, Tensor]]) -> int:
+def count_batches(loader: Iterable[Batch]) -> int:
     """How many batches an epoch has.
 
     Raises:
@@ -291,22 +233,6 @@ def count_batches(loader: Iterable[tuple[Tensor, Tensor]]) -> int:
     if count == 0:
         raise ValueError("loader is empty: there is no batch")
     return count
-
-
-def cosine_with_warmup(optimizer: Optimizer, steps: int, warmup: int) -> LambdaLR:
-    """The learning rate as a half cosine down to zero, after a linear warm-up of `warmup` steps.
-
-    Source:
-        Loshchilov and Hutter, "SGDR", ICLR 2017, eq. 5 without restarts.
-    """
-    warmup = min(warmup, steps // 2)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    return LambdaLR(optimizer, factor)
 
 
 class LossWatch:
@@ -334,52 +260,6 @@ class LossWatch:
             )
 
 
-def class_logits(model: nn.Module, inputs: Tensor, autocast: torch.dtype | None) -> Tensor:
-    """The output of a classifier for a batch, in float32.
-
-    Raises:
-        TrainingError: It is no tensor.
-    """
-    with autocast_to(inputs.device, autocast):
-        outputs = model(inputs)
-    if not isinstance(outputs, Tensor):
-        raise TrainingError(
-            f"the model gives a {type(outputs).__name__}; a tensor of logits [batch, classes] is needed: wrap the "
-            f"model in a module that returns it"
-        )
-    return outputs.float()
-
-
-def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Refuse labels outside the model's classes; on a GPU they would end the process.
-
-    Raises:
-        TrainingError: Labels are not int64 ``[B]``, one is negative or too large, or the logits are not
-            ``[B, classes]``.
-    """
-    if labels.dim() != 1 or labels.dtype != torch.int64:
-        raise TrainingError(f"labels are {labels.dtype} {list(labels.shape)}; torch.int64 [batch] is needed")
-    if logits.dim() != 2 or len(logits) != len(labels):
-        raise TrainingError(
-            f"the model gives an output of shape {list(logits.shape)} for {len(labels)} labels; "
-            f"logits of shape [batch, classes] are needed"
-        )
-    low, high = labels.min().item(), labels.max().item()
-    if low < 0 or high >= logits.shape[1]:
-        wrong = low if low < 0 else high
-        raise TrainingError(f"the data hold the label {wrong}, but the model has {logits.shape[1]} classes")
-
-
-def autocast_to(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Autocast on a device, or nothing for None."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def finite(values: Mapping[str, float]) -> dict[str, float]:
-    """The entries that JSON can hold: NaN and infinities left out."""
-    return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
 class _Averages:
     """Means of numbers by name; NaN and infinities, those of skipped steps, are left out."""
 
@@ -396,13 +276,6 @@ class _Averages:
 
     def state(self) -> dict[str, dict[str, float]]:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
-
-
-def _check_pair(batch: object) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
-        return batch[0], batch[1]
-    parts = f" of {', '.join(type(part).__name__ for part in batch)}" if isinstance(batch, tuple | list) else ""
-    raise TrainingError(f"a batch is a {type(batch).__name__}{parts}; a pair of tensors, inputs and labels, is needed")
 
 
 class _StopSignal:

@@ -9,27 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
+from asga._batches import Batch, Inputs, call, to_device
 from asga.nn import calibrate, parameter_groups
 from asga.optim import ASGA
 from asga.optim.guarded import GuardedSGD
 from asga.runs import RunFolder
-from asga.training import (
-    Evaluation,
-    LossFunction,
-    LossWatch,
-    Progress,
-    Stage,
-    autocast_to,
-    batches_from,
-    check_labels,
-    class_logits,
-    cosine_with_warmup,
-    count_batches,
-    evaluate,
-    finite,
-    finite_batches,
-    first_batches,
-)
+from asga.steps import Evaluation, LossFunction, autocast_to, cosine_with_warmup, evaluate, finite, training_step
+from asga.training import LossWatch, Progress, Stage, batches_from, count_batches, finite_batches, first_batches
 
 
 @dataclass(frozen=True)
@@ -68,7 +54,8 @@ class TransferTrainer:
         calibration_batches: Batches that set the scales of the activations.
         batchnorm_batches: Batches that measure the running statistics at the end; 0 leaves those of training.
         validate_every: Epochs between evaluations; the last epoch is always evaluated.
-        loss_fn: The mean loss over a batch of model outputs and labels.
+        loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits
+            ``[B, classes]``; another one takes whatever logits and labels it is made for.
         autocast: Run the model under autocast to this dtype.
         folder: Where metrics and checkpoints go; with a checkpoint in it, `fit` resumes.
         progress: Called after every step.
@@ -118,17 +105,18 @@ class TransferTrainer:
 
     def fit(
         self,
-        train: Iterable[tuple[Tensor, Tensor]],
-        val: Iterable[tuple[Tensor, Tensor]] | None = None,
+        train: Iterable[Batch],
+        val: Iterable[Batch] | None = None,
     ) -> TransferResult:
         """Train.
 
         Args:
-            train: Pairs of inputs and labels int64 ``[B]``, with a length.
+            train: Batches of the forms that `asga.evaluate` takes, with a length.
             val: The same, for evaluation.
 
         Raises:
             TrainingError: The loss is not finite, or the data do not fit the model.
+            TypeError: A batch has another form.
             ValueError: A loader is empty or has no length.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the training.
         """
@@ -145,25 +133,12 @@ class TransferTrainer:
         scheduler = cosine_with_warmup(optimizer, steps, self.warmup)
         watch = LossWatch(steps)
 
-        def step(inputs: Tensor, labels: Tensor) -> dict[str, float]:
-            inputs, labels = inputs.to(device), labels.to(device)
-            seen: dict[str, Tensor] = {}
-
-            def closure() -> Tensor:
-                optimizer.zero_grad()
-                outputs = class_logits(self.model, inputs, self.autocast)
-                if not seen:
-                    check_labels(labels, outputs)
-                loss = self.loss_fn(outputs, labels)
-                seen.setdefault("outputs", outputs.detach())
-                loss.backward()
-                return loss
-
-            loss = optimizer.step(closure).item()
-            watch.check(loss)
+        def step(inputs: Inputs, labels: Tensor) -> dict[str, float]:
+            options = {"loss_fn": self.loss_fn, "autocast": self.autocast}
+            metrics = training_step(self.model, optimizer, inputs, labels, **options)
+            watch.check(metrics["loss"])
             scheduler.step()
-            accuracy = (seen["outputs"].argmax(1) == labels).float().mean().item()
-            return {"loss": loss, "accuracy": accuracy}
+            return metrics
 
         def end_epoch(epoch: int) -> dict[str, object]:
             record: dict[str, object] = {"lr": optimizer.param_groups[0]["lr"]}
@@ -184,8 +159,19 @@ class TransferTrainer:
             evaluation = evaluate(self.model, val, loss_fn=self.loss_fn, autocast=self.autocast)
         return TransferResult(evaluation, history)
 
-    def _measure_batchnorm(self, train: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> None:
+    def _measure_batchnorm(self, train: Iterable[Batch], device: torch.device) -> None:
         """Running statistics of the final weights: those of training lag behind by a momentum of 0.1 a step."""
         batches = itertools.islice(finite_batches(batches_from(train, self.epochs)), self.batchnorm_batches)
         with autocast_to(device, self.autocast):
-            update_bn(batches, self.model, device)
+            update_bn(((to_device(inputs, device),) for inputs, _ in batches), _AnyInputs(self.model))
+
+
+class _AnyInputs(nn.Module):
+    """A model whose only argument are inputs of any form: `update_bn` knows no other models."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs) -> object:
+        return call(self.model, inputs)

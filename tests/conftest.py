@@ -87,6 +87,30 @@ def labeled_batches() -> LabeledBatches:
     return make
 
 
+class AnyInputs(nn.Module):
+    """A model behind a forward of two arguments that returns a dict, as models of `transformers` do."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        return {"logits": self.net(images * scale)}
+
+
+BATCH_FORMS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "positional": lambda x, y: ((x, 1.0), y),
+    "keywords": lambda x, y: [{"images": x, "scale": 1.0}, y],
+    "with labels": lambda x, y: {"labels": y, "images": x, "scale": 1.0},
+}
+
+
+@pytest.fixture(params=BATCH_FORMS)
+def batch_form(request) -> tuple[type[AnyInputs], Callable[[Tensor, Tensor], object]]:
+    """A wrapper of a model, and a function that turns a pair of tensors into a batch for what it makes."""
+    return AnyInputs, BATCH_FORMS[request.param]
+
+
 @pytest.fixture(scope="session")
 def bits_of() -> Callable[[object], object]:
     """A function that turns tensors in containers into their bytes, so that ``==`` compares bit for bit."""

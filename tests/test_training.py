@@ -4,23 +4,17 @@ import threading
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from asga.data import Batches, ImageTensor
 from asga.runs import RunFolder
+from asga.steps import TrainingError
 from asga.training import (
     LossWatch,
     Progress,
     Stage,
-    TrainingError,
     batches_from,
-    check_labels,
-    class_logits,
-    cosine_with_warmup,
     count_batches,
-    evaluate,
     finite_batches,
     first_batches,
 )
@@ -28,118 +22,10 @@ from asga.training import (
 NAN, INF = math.nan, math.inf
 
 
-class Logits(nn.Module):
-    """Gives its inputs back as logits; remembers the mode it was called in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-        self.modes = []
-
-    def forward(self, x):
-        self.modes.append(self.training)
-        return x * self.scale
-
-
-class TestEvaluate:
-    BATCHES = (
-        (torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]), torch.tensor([0, 0, 0])),
-        (torch.tensor([[0.0, 5.0]]), torch.tensor([1])),
-    )
-
-    def test_by_hand(self):
-        """Batches of 3 and 1: the mean is over images, not over batches."""
-        found = evaluate(Logits(), self.BATCHES)
-        losses = [math.log1p(math.exp(-2)), math.log1p(math.exp(1)), math.log1p(math.exp(-3)), math.log1p(math.exp(-5))]
-        assert found.images == 4
-        assert found.top1 == 3 / 4
-        # The loss of a batch is computed in float32.
-        assert found.loss == pytest.approx(sum(losses) / 4, rel=1e-6)
-
-    def test_own_loss(self):
-        found = evaluate(Logits(), self.BATCHES, loss_fn=lambda logits, labels: labels.float().mean() + 1)
-        assert found.loss == 5 / 4
-
-    @pytest.mark.parametrize("training", [True, False])
-    def test_eval_mode_and_back(self, training):
-        model = Logits().train(training)
-        evaluate(model, self.BATCHES)
-        assert model.modes == [False, False]
-        assert model.training is training
-
-    def test_mode_is_restored_after_an_error(self):
-        model = Logits().train()
-        with pytest.raises(TrainingError):
-            evaluate(model, [(torch.zeros(1, 2), torch.tensor([2]))])
-        assert model.training
-
-    def test_autocast_gives_logits_in_float32(self):
-        model, seen = nn.Linear(2, 2), []
-        model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-        dtypes = []
-
-        def loss_fn(logits, labels):
-            dtypes.append(logits.dtype)
-            return functional.cross_entropy(logits, labels)
-
-        evaluate(model, self.BATCHES, autocast=torch.bfloat16, loss_fn=loss_fn)
-        assert set(seen) == {torch.bfloat16}
-        assert set(dtypes) == {torch.float32}
-
-    def test_no_batch(self):
-        with pytest.raises(ValueError, match="batches is empty"):
-            evaluate(Logits(), [])
-
-
-class TestCheckLabels:
-    LOGITS = torch.zeros(2, 3)
-
-    def test_in_range(self):
-        check_labels(torch.tensor([0, 2]), self.LOGITS)
-
-    @pytest.mark.parametrize(
-        ("labels", "logits", "message"),
-        [
-            (torch.tensor([0, 3]), LOGITS, "the label 3, but the model has 3 classes"),
-            (torch.tensor([-1, 0]), LOGITS, "the label -1, but the model has 3 classes"),
-            (torch.tensor([0, 1, 2]), LOGITS, r"output of shape \[2, 3\] for 3 labels"),
-            (torch.tensor([0, 1]), torch.zeros(2, 3, 4), r"output of shape \[2, 3, 4\] for 2 labels"),
-            (torch.tensor([0.0, 1.0]), LOGITS, r"labels are torch.float32 \[2\]; torch.int64 \[batch\] is needed"),
-            (torch.eye(3)[:2], LOGITS, r"labels are torch.float32 \[2, 3\]"),
-        ],
-        ids=["too large", "negative", "count", "dimensions", "float", "one-hot"],
-    )
-    def test_refused(self, labels, logits, message):
-        with pytest.raises(TrainingError, match=message):
-            check_labels(labels, logits)
-
-
-@pytest.mark.parametrize("output", [{"logits": torch.zeros(1, 2)}, (torch.zeros(1, 2), None)], ids=["dict", "tuple"])
-def test_outputs_other_than_a_tensor_are_refused(output):
-    class Odd(nn.Module):
-        def forward(self, x):
-            return output
-
-    with pytest.raises(TrainingError, match=f"the model gives a {type(output).__name__}; a tensor of logits"):
-        class_logits(Odd(), torch.zeros(1, 2), None)
-
-
 class TestBatchesFrom:
-    @pytest.mark.parametrize(
-        ("batch", "message"),
-        [
-            ({"x": torch.zeros(1), "y": torch.zeros(1)}, "a batch is a dict; a pair of tensors"),
-            ((torch.zeros(1), torch.zeros(1), torch.zeros(1)), "a tuple of Tensor, Tensor, Tensor; a pair"),
-            ([torch.zeros(1), 3], "a list of Tensor, int; a pair of tensors"),
-            (torch.zeros(2, 1), "a batch is a Tensor; a pair of tensors"),
-        ],
-        ids=["dict", "three", "number", "tensor"],
-    )
-    def test_odd_batches_are_refused(self, batch, message):
-        with pytest.raises(TrainingError, match=message):
-            next(batches_from([batch], 0))
-        with pytest.raises(TrainingError, match=message):
-            evaluate(Logits(), [batch])
+    def test_odd_batches_are_refused(self):
+        with pytest.raises(TypeError, match="a batch is a Tensor; a pair"):
+            next(batches_from([torch.zeros(2, 1)], 0))
 
     def test_passes_over(self, labeled_batches):
         batches = labeled_batches(4)
@@ -181,31 +67,6 @@ class _Stream(IterableDataset):
 def test_count_batches_refuses(loader, message):
     with pytest.raises(ValueError, match=message):
         count_batches(loader)
-
-
-class TestCosineWithWarmup:
-    def test_values(self):
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-        scheduler = cosine_with_warmup(optimizer, steps=12, warmup=4)
-        rates = []
-        for _ in range(13):
-            rates.append(optimizer.param_groups[0]["lr"] / 2)
-            optimizer.step()
-            scheduler.step()
-        cosine = [0.5 + 0.5 * math.cos(math.pi * i / 8) for i in range(9)]
-        assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, *cosine], abs=1e-12)
-
-    @pytest.mark.parametrize("steps", [1, 2, 3])
-    def test_warmup_takes_at_most_half_of_a_short_training(self, steps):
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        scheduler = cosine_with_warmup(optimizer, steps, warmup=20)
-        rates = []
-        for _ in range(steps):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        assert rates == pytest.approx({1: [1], 2: [0.5, 1], 3: [0.5, 1, 0.5]}[steps])
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
 class TestLossWatch:

@@ -13,7 +13,7 @@ from asga.convert import find_quantizable
 from asga.policy import LayerPolicy, Policy
 from asga.runs import RunFolder
 from asga.search.costs import policy_costs, profile_layers
-from asga.training import TrainingError, evaluate
+from asga.steps import TrainingError, evaluate
 from asga.transfer import TransferTrainer
 
 METHODS = pytest.mark.parametrize("method", ["asga", "sgd"])
@@ -223,17 +223,26 @@ class TestBadData:
         with pytest.raises(ValueError, match="batches is empty"):
             TransferTrainer(tiny_net(), epochs=1).fit(labeled_batches(1), [])
 
-    def test_output_is_a_dict(self, tiny_net, labeled_batches):
-        class Wrapped(nn.Module):
-            def __init__(self, net):
-                super().__init__()
-                self.net = net
+    def test_odd_batches(self, tiny_net):
+        with pytest.raises(TypeError, match="a batch is a dict of 'x': Tensor, 'y': Tensor"):
+            TransferTrainer(tiny_net(), epochs=1).fit([{"x": torch.zeros(2, 1, 8, 8), "y": torch.zeros(2)}])
 
-            def forward(self, x):
-                return {"logits": self.net(x)}
 
-        with pytest.raises(TrainingError, match="the model gives a dict"):
-            TransferTrainer(Wrapped(tiny_net()), epochs=1).fit(labeled_batches())
+@METHODS
+def test_batches_of_any_form(tiny_net, labeled_batches, bits_of, batch_form, method):
+    """Calibration, training, running statistics and evaluation do the same as with pairs of tensors."""
+    wrapper, form = batch_form
+    batches = labeled_batches()
+    batches[2][0][0] = math.nan
+    plain, wrapped = quantized(tiny_net()), wrapper(quantized(tiny_net()))
+    torch.manual_seed(0)
+    expected = TransferTrainer(plain, epochs=2, method=method).fit(batches, batches[:2])
+    torch.manual_seed(0)
+    batches = [form(*batch) for batch in batches]
+    found = TransferTrainer(wrapped, epochs=2, method=method).fit(batches, batches[:2])
+    assert found.evaluation == expected.evaluation
+    assert bits_of(found.history) == bits_of(expected.history)
+    assert bits_of(wrapped.net.state_dict()) == bits_of(plain.state_dict())
 
 
 class Killed(BaseException):

@@ -8,7 +8,7 @@ from asga.cli.console import Console
 from asga.cli.options import autocast_dtype, load_weights, model_factory, open_split, validation_batches
 from asga.convert import quantize
 from asga.policy import Policy
-from asga.training import evaluate
+from asga.steps import evaluate
 
 HELP = "evaluate the model of a transfer run"
 

@@ -26,7 +26,7 @@ from asga.runs import RunFolder
 from asga.search import Budget
 from asga.search.costs import policy_costs, profile_layers
 from asga.search.space import LayerChoices, SpaceChoices
-from asga.training import evaluate
+from asga.steps import evaluate
 
 HELP = "fine-tune a model with a policy on the target dataset"
 

@@ -1,18 +1,17 @@
 """Setting activation scales from a few batches, before any training."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from asga._batches import Batch, call, inputs_of, to_device
 from asga.nn.observer import ActStatistics
 from asga.nn.quantizers import ActQuantizer, MixedActQuantizer, Quantizer
 
-Batch = Tensor | tuple | list | Mapping[str, object]
 
-
-def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Tensor | Batch]) -> None:
     """Set sign and scale of every activation quantizer from the activations of the float network.
 
     Runs the batches in eval mode without gradient while all quantizers, those of weights too, let their
@@ -21,8 +20,9 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
 
     Args:
         model: A converted model.
-        batches: A few batches, all of which are run: a tensor, a tuple or list whose first entry is the input
-            (labels may follow), or a mapping of keyword arguments. Tensors are moved to the model's device.
+        batches: A few batches, all of which are run: a tensor, a tuple or list whose first entry is the inputs
+            (labels may follow), or a mapping of keyword arguments, whose entry "labels" is left out. Inputs are a
+            tensor, a tuple of positional or a mapping of keyword arguments; tensors are moved to the model's device.
 
     Raises:
         ValueError: There is no batch, or the activations are not finite.
@@ -63,29 +63,16 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
         warnings.warn(f"no calibration batch reached {missed}", stacklevel=2)
 
 
-def _run(model: nn.Module, batches: Iterable[Batch]) -> None:
+def _run(model: nn.Module, batches: Iterable[Tensor | Batch]) -> None:
     device = next(model.parameters()).device  # at least a scale is there
     count = 0
     # A compiled model must run eagerly here: observers are not part of its graph.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
-            if isinstance(batch, Mapping):
-                model(**{key: _to(value, device) for key, value in batch.items()})
-            elif isinstance(batch, Tensor):
-                model(_to(batch, device))
-            elif isinstance(batch, tuple | list) and batch:
-                model(_to(batch[0], device))
-            else:
-                raise TypeError(
-                    f"a batch is {type(batch).__name__}; a tensor, a non-empty tuple or list, or a mapping is needed"
-                )
+            call(model, to_device(inputs_of(batch), device))
             count += 1
     if count == 0:
         raise ValueError("batches is empty: calibration needs at least one batch")
-
-
-def _to(value: object, device: torch.device) -> object:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _ignore(input: Tensor) -> None:

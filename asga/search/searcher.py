@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from asga._batches import Batch, Inputs, first_sample, to_device
 from asga._extras import require
 from asga.convert import prepare
 from asga.nn import calibrate, logits, parameter_groups, set_temperature
@@ -20,18 +21,8 @@ from asga.search.dual import DualAscent
 from asga.search.result import LogProbabilities, SearchResult, best_policy
 from asga.search.solver import check_feasible
 from asga.search.space import SearchSpace, SpaceChoices
-from asga.training import (
-    LossFunction,
-    LossWatch,
-    Progress,
-    Stage,
-    check_labels,
-    class_logits,
-    cosine_with_warmup,
-    count_batches,
-    finite,
-    first_batches,
-)
+from asga.steps import LossFunction, cosine_with_warmup, finite, training_step
+from asga.training import LossWatch, Progress, Stage, count_batches, first_batches
 
 
 class PolicySearcher:
@@ -62,7 +53,8 @@ class PolicySearcher:
         calibration_batches: Batches that set the scales of the activations before the search.
         example_inputs: What the target model will be fed, if not what the loader gives: costs are those at this
             resolution.
-        loss_fn: The mean loss over a batch of model outputs and labels.
+        loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits
+            ``[B, classes]``; another one takes whatever logits and labels it is made for.
         autocast: Run the model under autocast to this dtype.
         folder: Where metrics and checkpoints go; with a checkpoint in it, `fit` resumes.
         progress: Called after every step.
@@ -119,11 +111,11 @@ class PolicySearcher:
         self.folder, self.progress, self.stage = folder, progress, stage
         self.meta = dict(meta or {})
 
-    def fit(self, loader: Iterable[tuple[Tensor, Tensor]]) -> SearchResult:
+    def fit(self, loader: Iterable[Batch]) -> SearchResult:
         """Search on the batches of a loader.
 
         Args:
-            loader: Pairs of inputs and labels int64 ``[B]``, with a length; a `torch.utils.data.DataLoader` or
+            loader: Batches of the forms that `asga.evaluate` takes, with a length; a `torch.utils.data.DataLoader` or
                 `asga.data.Batches`.
 
         Returns:
@@ -133,6 +125,7 @@ class PolicySearcher:
             InfeasibleBudgetError: No policy meets the budget; nothing has been trained then.
             ImportError: scipy is not installed.
             TrainingError: The loss is not finite, or the data do not fit the model.
+            TypeError: A batch has another form.
             ValueError: The loader is empty, has no length, or has one class only.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the search.
         """
@@ -151,21 +144,21 @@ class PolicySearcher:
             history=history,
         )
 
-    def start(self, loader: Iterable[tuple[Tensor, Tensor]]) -> "Search":
+    def start(self, loader: Iterable[Batch]) -> "Search":
         """The search before its first step, for a loop of one's own; `fit` makes all steps and ends with the policy.
 
         Args:
             loader: As for `fit`; its first batches calibrate the scales, its length and `epochs` set the schedules.
 
         Raises:
-            InfeasibleBudgetError, ImportError, TrainingError, ValueError: As `fit` does.
+            InfeasibleBudgetError, ImportError, TrainingError, TypeError, ValueError: As `fit` does.
         """
         profiles, limits = self.check(loader)
         mixed = prepare(self.model, self.space).train()
         calibrate(mixed, first_batches(loader, self.calibration_batches))
         return Search(self, mixed, profiles, limits, steps=self.epochs * len(loader))
 
-    def check(self, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, LayerProfile], dict[str, int]]:
+    def check(self, loader: Iterable[Batch]) -> tuple[dict[str, LayerProfile], dict[str, int]]:
         """Find what would make `fit` refuse to start, without training: for before a float model is trained.
 
         Args:
@@ -182,9 +175,11 @@ class PolicySearcher:
         require("scipy.optimize", "search")  # the last step needs it; it would be a pity to learn it then
         count_batches(loader)
         _check_classes(loader)
-        example = self.example_inputs if self.example_inputs is not None else first_batches(loader, 1)[0][0][:1]
+        example = self.example_inputs
+        if example is None:
+            example = first_sample(first_batches(loader, 1)[0][0])
         device = next(self.model.parameters()).device
-        profiles = profile_layers(self.model, _to_device(example, device), self.choices.names)
+        profiles = profile_layers(self.model, to_device(example, device), self.choices.names)
         limits = self.budget.limits(profiles, self.choices)
         check_feasible(cost_tables(profiles, self.choices), limits)
         return profiles, limits
@@ -232,46 +227,37 @@ class Search:
             "dual": self._dual,
         }
 
-    def step(self, inputs: Tensor, labels: Tensor) -> dict[str, float]:
+    def step(self, inputs: Inputs, labels: Tensor) -> dict[str, float]:
         """Train on one batch.
 
         Args:
-            inputs: A batch for the model.
-            labels: int64 ``[B]``.
+            inputs: A batch for the model, in a form that `asga.evaluate` takes.
+            labels: Its labels.
 
         Returns:
-            Loss and accuracy of the mixture before the step.
+            Loss and, where labels are classes, accuracy of the mixture before the step.
 
         Raises:
             TrainingError: The labels do not fit, or the loss has not been finite for several steps.
         """
-        inputs, labels = inputs.to(self._device), labels.to(self._device)
         set_temperature(self.model, self._temperature())
-        seen: dict[str, Tensor] = {}
-
-        def closure() -> Tensor:
-            self._optimizer.zero_grad()
-            self._logit_optimizer.zero_grad()
-            outputs = class_logits(self.model, inputs, self._options.autocast)
-            if not seen:
-                check_labels(labels, outputs)
-            loss = self._options.loss_fn(outputs, labels)
-            seen.setdefault("outputs", outputs.detach())
-            seen.setdefault("loss", loss.detach())
-            (loss + self._dual.penalty(self._costs.expected(self._layers))).backward()
-            return loss
-
-        self._optimizer.step(closure)
-        loss = seen["loss"].item()
-        self._watch.check(loss)
+        metrics = training_step(
+            self.model,
+            self._optimizer,
+            inputs,
+            labels,
+            loss_fn=self._options.loss_fn,
+            autocast=self._options.autocast,
+            penalty=lambda: self._dual.penalty(self._costs.expected(self._layers)),
+        )
+        self._watch.check(metrics["loss"])
         # The logits have the gradient of the second pass: that at the perturbed weights, as for SAM.
         gradients = [p.grad for p in self._logits if p.grad is not None]
         if math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
             self._logit_optimizer.step()
         self._scheduler.step()
         self._dual.update(self.expected_now())
-        accuracy = (seen["outputs"].argmax(1) == labels).float().mean().item()
-        return {"loss": loss, "accuracy": accuracy}
+        return metrics
 
     def end_epoch(self, epoch: int) -> dict[str, object]:
         """Log the probabilities; returns what else to log of an epoch."""
@@ -365,20 +351,10 @@ def _log_probs(quantizer: nn.Module) -> tuple[float, ...]:
     return tuple(torch.log_softmax(quantizer.logits.double() / quantizer.temperature.double(), 0).tolist())
 
 
-def _check_classes(loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+def _check_classes(loader: Iterable[Batch]) -> None:
     """Refuse a proxy of one class, where the dataset tells: `labels` as ours, `targets` as torchvision's."""
     dataset = getattr(loader, "dataset", None)
     for attribute in ("labels", "targets"):
         labels = getattr(dataset, attribute, None)
         if labels is not None and len(set(labels.tolist() if isinstance(labels, Tensor) else labels)) < 2:
             raise ValueError("the proxy has a single class: every policy would look perfect on it")
-
-
-def _to_device(value: object, device: torch.device) -> object:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_to_device(item, device) for item in value)
-    return value

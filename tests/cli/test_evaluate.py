@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from asga.training import evaluate
+from asga.steps import evaluate
 
 
 @pytest.fixture

@@ -61,8 +61,15 @@ def test_quantizers_are_active_afterwards(model, batches):
 
 @pytest.mark.parametrize(
     "wrap",
-    [lambda x: (x, torch.zeros(4)), lambda x: [x], lambda x: {"input": x}],
-    ids=["inputs and labels", "list", "mapping"],
+    [
+        lambda x: (x, torch.zeros(4)),
+        lambda x: [x],
+        lambda x: {"input": x},
+        lambda x: {"input": x, "labels": torch.zeros(4)},
+        lambda x: ((x,), torch.zeros(4)),
+        lambda x: ({"input": x}, torch.zeros(4)),
+    ],
+    ids=["inputs and labels", "list", "mapping", "mapping with labels", "tuple of inputs", "mapping of inputs"],
 )
 def test_kinds_of_batches(model, batches, wrap):
     calibrate(model, batches)
@@ -86,7 +93,7 @@ def test_no_batch_is_an_error(model):
 
 @pytest.mark.parametrize("batch", ["image", (), 3], ids=repr)
 def test_unknown_kind_of_batch_is_an_error(model, batch):
-    with pytest.raises(TypeError, match="a tensor, a non-empty tuple or list, or a mapping is needed"):
+    with pytest.raises(TypeError, match="without inputs; a tensor, a non-empty tuple or list"):
         calibrate(model, [batch])
 
 

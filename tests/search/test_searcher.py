@@ -14,7 +14,7 @@ from asga import Budget, InfeasibleBudgetError, PolicySearcher, SearchSpace
 from asga.policy import LayerPolicy
 from asga.runs import RunFolder
 from asga.search.costs import policy_costs
-from asga.training import TrainingError
+from asga.steps import TrainingError
 
 METHODS = pytest.mark.parametrize("method", ["asga", "sgd"])
 W4A4 = Budget(bitops="w4a4")
@@ -182,6 +182,20 @@ class TestResult:
         assert math.isfinite(search(tiny_net(), labeled_batches(), autocast=torch.bfloat16).history[0]["loss"])
 
 
+@METHODS
+def test_batches_of_any_form(tiny_net, labeled_batches, bits_of, batch_form, method):
+    """The same search as with pairs of tensors."""
+    wrapper, form = batch_form
+    batches = labeled_batches()
+    torch.manual_seed(0)
+    expected = search(tiny_net(), batches, epochs=2, method=method)
+    torch.manual_seed(0)
+    found = search(wrapper(tiny_net()), [form(*batch) for batch in batches], epochs=2, method=method)
+    assert dict(found.policy) == {f"net.{name}": layer for name, layer in expected.policy.items()}
+    assert found.log_probs == {f"net.{name}": value for name, value in expected.log_probs.items()}
+    assert bits_of(found.history) == bits_of(expected.history)
+
+
 class TestNotFinite:
     @METHODS
     @pytest.mark.parametrize("bad", [0, 3], ids=["first batch", "a later batch"])
@@ -266,7 +280,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             PolicySearcher(model, budget=W4A4, epochs=1)
 
-    @pytest.mark.parametrize("wrap", [lambda y: {"logits": y}, lambda y: (y, None)], ids=["dict", "tuple"])
+    @pytest.mark.parametrize("wrap", [lambda y: {"scores": y}, lambda y: (y, None)], ids=["dict", "tuple"])
     def test_output_is_no_tensor(self, tiny_net, labeled_batches, wrap):
         class Wrapped(nn.Module):
             def __init__(self, net):
@@ -279,8 +293,8 @@ class TestBadInput:
         with pytest.raises(TrainingError, match="a tensor of logits"):
             search(Wrapped(tiny_net()), labeled_batches())
 
-    def test_batches_are_dicts(self, tiny_net):
-        with pytest.raises(TrainingError, match="a batch is a dict; a pair of tensors"):
+    def test_odd_batches(self, tiny_net):
+        with pytest.raises(TypeError, match="a batch is a dict of 'x': Tensor, 'y': Tensor"):
             search(tiny_net(), [{"x": torch.zeros(2, 1, 8, 8), "y": torch.zeros(2)}])
 
     @METHODS
