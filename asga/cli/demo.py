@@ -3,17 +3,15 @@
 import argparse
 import time
 
-import torch
-
 from asga.cli.console import Console
 from asga.cli.options import add_run_options, check_at_least_one, model_factory, recorded, validation_batches
 from asga.cli.pipeline import (
     Setting,
     finish_run,
     float_model,
+    searched,
     show_table,
     table_row,
-    training_seconds,
     transferred,
 )
 from asga.cli.search import describe, example_inputs, findings
@@ -100,25 +98,20 @@ def _settings(folder: RunFolder, console: Console, seed: int) -> tuple[Setting, 
 
 
 def _search(proxy: Setting, seed: int) -> tuple[SearchResult, float]:
-    """The search of one seed, or what is left of it when resuming."""
-    path, stage = proxy.folder.path / f"search-seed{seed}.json", f"search/seed{seed}"
-    if (done := proxy.folder.finished(stage)) is not None:
-        return SearchResult.load(path), done["seconds"]
-    build = model_factory(_MODEL, proxy.train, "cpu")
-    model, _ = float_model(proxy, build, epochs=_PROXY_FLOAT_EPOCHS, seed=seed, stage=f"proxy-float/seed{seed}")
-    searcher = PolicySearcher(
-        model,
-        budget=_BUDGET,
-        epochs=_SEARCH_EPOCHS,
-        example_inputs=example_inputs(proxy.train, _TARGET_SIDE),
-        folder=proxy.folder,
-        progress=proxy.console.progress,
-        stage=stage,
-        meta={"architecture": _MODEL, "proxy": "digits", "method": "asga"},
-    )
-    torch.manual_seed(seed)  # the same random numbers when the float model was finished earlier
-    result = searcher.fit(proxy.train)
-    seconds = training_seconds(result.history)
-    result.save(path)
-    proxy.folder.finish(stage, {"seconds": seconds})
-    return result, seconds
+    stage = f"search/seed{seed}"
+
+    def searcher() -> PolicySearcher:
+        build = model_factory(_MODEL, proxy.train, "cpu")
+        model, _ = float_model(proxy, build, epochs=_PROXY_FLOAT_EPOCHS, seed=seed, stage=f"proxy-float/seed{seed}")
+        return PolicySearcher(
+            model,
+            budget=_BUDGET,
+            epochs=_SEARCH_EPOCHS,
+            example_inputs=example_inputs(proxy.train, _TARGET_SIDE),
+            folder=proxy.folder,
+            progress=proxy.console.progress,
+            stage=stage,
+            meta={"architecture": _MODEL, "proxy": "digits", "method": "asga"},
+        )
+
+    return searched(proxy, searcher, stage=stage, seed=seed, path=proxy.folder.path / f"search-seed{seed}.json")

@@ -1,4 +1,4 @@
-"""The steps that commands are made of: a float model, a transfer, their results. Each is passed over when resuming."""
+"""The steps that commands are made of: a float model, a search, a transfer. Each is passed over when resuming."""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +15,7 @@ from asga.convert import quantize
 from asga.data import Batches
 from asga.policy import Policy
 from asga.runs import RunFolder
+from asga.search import PolicySearcher, SearchResult
 from asga.search.costs import Costs
 from asga.transfer import TransferTrainer
 
@@ -87,6 +88,22 @@ def transferred(
         record = _fit(setting, trainer, train)
     setting.console.note(f"{stage}: top-1 {record['top1']:.1%}")
     return quantized, record
+
+
+def searched(
+    setting: Setting, searcher: Callable[[], PolicySearcher], *, stage: str, seed: int, path: Path
+) -> tuple[SearchResult, float]:
+    """A search and its seconds; its result is written to `path`. `searcher` is called only if it has to run."""
+    if (done := setting.folder.finished(stage)) is not None:
+        return SearchResult.load(path), done["seconds"]
+    prepared = searcher()
+    # The same random numbers whether the float model was just trained, read from a file or finished earlier.
+    torch.manual_seed(seed)
+    result = prepared.fit(setting.train.with_seed(seed))
+    seconds = training_seconds(result.history)
+    result.save(path)
+    setting.folder.finish(stage, {"seconds": seconds})
+    return result, seconds
 
 
 def training_seconds(history: Iterable[Mapping[str, object]]) -> float:

@@ -1,6 +1,9 @@
 """``asga search``: find a bit-width policy on a proxy dataset."""
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,10 +23,18 @@ from asga.cli.options import (
     parse_budget,
     recorded,
 )
-from asga.cli.pipeline import Setting, finish_run, float_model, training_seconds
+from asga.cli.pipeline import Setting, finish_run, float_model, searched
 from asga.data import Batches
 from asga.runs import RunFolder
-from asga.search import PolicySearcher, SearchResult, SearchSpace
+from asga.search import (
+    Agreement,
+    PolicySearcher,
+    SearchResult,
+    SearchSpace,
+    consensus,
+    policy_agreement,
+    searched_choices,
+)
 from asga.search.result import TOSS_UP
 
 HELP = "search a bit-width policy on a small dataset"
@@ -34,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="resnet20, resnet18, mobilenet_v2 or package.module:factory")
     parser.add_argument(
         "--budget", required=True, help="what the policy may cost: bitops=w4a4, or bitops=1.2G,size=1.5MB"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help="search this many times, with the images in other orders, from one float model; policy.json is then the "
+        "policy that all searches together find likeliest",
     )
     parser.add_argument("--target-size", type=int, help="count BitOps at this image side instead of the proxy's")
     space = parser.add_argument_group("search space")
@@ -47,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Search and write the run folder."""
-    check_at_least_one(options, "epochs", "float_epochs", "target_size")
+    check_at_least_one(options, "epochs", "float_epochs", "target_size", "seeds")
     budget = parse_budget(options.budget)
     space = SearchSpace(
         weight_bits=parse_bits(options.weight_bits),
@@ -58,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
         train, val = open_batches(options, console)
         build = model_factory(options.model, train, options.device)
 
-        def searcher(model: nn.Module, folder: RunFolder | None) -> PolicySearcher:
+        def searcher(model: nn.Module, folder: RunFolder | None, stage: str) -> PolicySearcher:
             return PolicySearcher(
                 model,
                 space,
@@ -69,25 +87,34 @@ def run(options: argparse.Namespace) -> None:
                 autocast=autocast_dtype(options),
                 folder=folder,
                 progress=console.progress,
+                stage=stage,
                 meta={"architecture": options.model, "proxy": data_name(options.data), "method": options.method},
             )
 
         model = build(options.seed)
-        searcher(model, None).check(train)  # complain before anything is written or trained
+        searcher(model, None, "search").check(train)  # complain before anything is written or trained
         if options.init is not None:
             load_weights(model, options.init)
         folder = RunFolder(options.out, "search", recorded(options), resume=options.resume)
+        setting = Setting(folder, console, train, val, autocast_dtype(options))
         if options.init is None:
-            setting = Setting(folder, console, train, val, autocast_dtype(options))
             model, _ = float_model(setting, build, epochs=options.float_epochs, seed=options.seed)
-        # The same random numbers whether the float model was just trained, read from a file or finished earlier.
-        torch.manual_seed(options.seed)
-        result = searcher(model, folder).fit(train)
+        results, seconds = {}, 0.0
+        for seed in range(options.seed, options.seed + options.seeds):
+            name, several = f"seed{seed}", options.seeds > 1
+            stage = f"search/{name}"
+            path = folder.path / (f"search-{name}.json" if several else "search.json")
+            run_search = partial(searcher, model, folder, stage)
+            results[name], took = searched(setting, run_search, stage=stage, seed=seed, path=path)
+            seconds += took
+            if several:
+                results[name].policy.save(folder.path / f"policy-{name}.json")
+        result = results[name] if len(results) == 1 else consensus(list(results.values()))
         result.save(folder.path / "search.json")
         console.note(str(result.policy))
-        for line in describe(result):
+        summary = {"command": "search", "seconds": seconds, **findings(result), **findings_of_seeds(results)}
+        for line in (*describe(result), *describe_seeds(results)):
             console.note(line)
-        summary = {"command": "search", "seconds": training_seconds(result.history), **findings(result)}
         finish_run(folder, summary, result.policy, console)
 
 
@@ -126,3 +153,30 @@ def describe(result: SearchResult) -> list[str]:
     if found["toss_ups"]:
         lines.append(f"{found['toss_ups']} of {found['choices']} choices were toss-ups (gap below {TOSS_UP})")
     return lines
+
+
+def findings_of_seeds(results: Mapping[str, SearchResult]) -> dict[str, object]:
+    """What ``result.json`` says about several searches; nothing about one."""
+    if len(results) == 1:
+        return {}
+    agreement = _agreement(results)
+    return {
+        "agreement": {"choices": agreement.choices, "unanimous": agreement.unanimous, **asdict(agreement)},
+        "seeds": {name: findings(result) for name, result in results.items()},
+    }
+
+
+def describe_seeds(results: Mapping[str, SearchResult]) -> list[str]:
+    """The same in sentences."""
+    if len(results) == 1:
+        return []
+    found = _agreement(results)
+    return [
+        f"{len(results)} seeds: two of them agree on {found.equal:.1%} of {found.choices} choices, all of them on "
+        f"{found.unanimous}; chance would give {found.chance:.1%} (p = {found.p_value:.2g})"
+    ]
+
+
+def _agreement(results: Mapping[str, SearchResult]) -> Agreement:
+    policies = {name: result.policy for name, result in results.items()}
+    return policy_agreement(policies, searched_choices(next(iter(results.values())).choices))

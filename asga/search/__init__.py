@@ -1,9 +1,21 @@
-"""Searching a bit-width policy: the space, costs and budgets, the search itself and the exact solver behind it."""
+"""Searching a bit-width policy: the space, costs and budgets, the search itself, the exact solver
+behind it, and whether several searches agree."""
 
+from asga.search.agreement import Agreement, consensus, policy_agreement, searched_choices
 from asga.search.budget import Budget
 from asga.search.result import SearchResult
 from asga.search.searcher import PolicySearcher
 from asga.search.solver import InfeasibleBudgetError
 from asga.search.space import SearchSpace
 
-__all__ = ["Budget", "InfeasibleBudgetError", "PolicySearcher", "SearchResult", "SearchSpace"]
+__all__ = [
+    "Agreement",
+    "Budget",
+    "InfeasibleBudgetError",
+    "PolicySearcher",
+    "SearchResult",
+    "SearchSpace",
+    "consensus",
+    "policy_agreement",
+    "searched_choices",
+]

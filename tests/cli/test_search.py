@@ -7,7 +7,7 @@ import pytest
 import asga
 from asga.cli import main
 from asga.cli.console import Console
-from asga.search import SearchResult
+from asga.search import SearchResult, consensus, policy_agreement
 
 
 def without_times(path) -> list[dict]:
@@ -60,7 +60,7 @@ class TestRunFolder:
         found = SearchResult.load(tmp_path / "run" / "search.json")
         assert {(c.weight_bits, c.act_bits, c.pinned) for c in found.choices.layers.values()} == {((3, 5), (4,), False)}
         assert found.profiles["conv1"].macs == 16 * 16 * 4 * 3 * 9
-        diagnostics = [line for line in without_times(tmp_path / "run") if line.get("stage") == "search"]
+        diagnostics = [line for line in without_times(tmp_path / "run") if line.get("stage") == "search/seed0"]
         assert any("rho" in line for line in diagnostics) is (method == "asga")
 
     def test_given_weights_are_not_trained_again(self, run, search_arguments, tmp_path):
@@ -69,7 +69,7 @@ class TestRunFolder:
         status, _, _ = run(*search_arguments, "--init", "first/float.pt")
         assert status == 0
         assert not (tmp_path / "run" / "float.pt").exists()
-        assert {line["stage"] for line in without_times(tmp_path / "run")} == {"search"}
+        assert {line["stage"] for line in without_times(tmp_path / "run")} == {"search/seed0"}
         same = [asga.Policy.load(tmp_path / name / "policy.json") for name in ("first", "run")]
         assert same[0].keys() == same[1].keys()
 
@@ -92,7 +92,7 @@ class TestResume:
         assert (resumed / "search.json").read_bytes() == (whole / "search.json").read_bytes()
         return run_contents(resumed) == run_contents(whole)
 
-    @pytest.mark.parametrize(("stage", "epoch", "step"), [("float", 1, 2), ("float", 2, 3), ("search", 2, 2)])
+    @pytest.mark.parametrize(("stage", "epoch", "step"), [("float", 1, 2), ("float", 2, 3), ("search/seed0", 2, 2)])
     def test_after_ctrl_c(self, run, search_arguments, monkeypatch, tmp_path, whole, run_contents, stage, epoch, step):
         show = Console.progress
 
@@ -141,11 +141,83 @@ class TestResume:
     def test_nothing_there(self, fails, search_arguments):
         assert "holds no run to resume" in fails(*search_arguments, "--resume")
 
-    @pytest.mark.parametrize("name", ["checkpoint.pt", "float.pt", "stages.json", "config.json"])
+    @pytest.mark.parametrize("name", ["search.json", "float.pt", "stages.json", "config.json"])
     def test_damaged_file_is_named(self, fails, search_arguments, tmp_path, whole, name):
         shutil.copytree(whole, tmp_path / "run")
         (tmp_path / "run" / name).write_bytes(b"damaged")
         assert name in fails(*search_arguments, "--resume")
+
+    def test_damaged_checkpoint_is_named(self, fails, search_arguments, tmp_path, whole):
+        """A search that is finished needs none any more."""
+        shutil.copytree(whole, tmp_path / "run")
+        stages = json.loads((whole / "stages.json").read_text())
+        (tmp_path / "run" / "stages.json").write_text(json.dumps({"float": stages["float"]}))
+        (tmp_path / "run" / "checkpoint.pt").write_bytes(b"damaged")
+        assert "checkpoint.pt" in fails(*search_arguments, "--resume")
+
+
+SEEDS = ("--seeds", "3", "--seed", "5")
+
+
+@pytest.fixture(scope="module")
+def whole_of_three(search_arguments, factories, tmp_path_factory):
+    """Three searches that were never interrupted."""
+    folder = tmp_path_factory.mktemp("search") / "whole"
+    assert main([*search_arguments, *SEEDS, "--out", str(folder)]) == 0
+    return folder
+
+
+class TestSeeds:
+    def test_each_has_its_policy_and_all_have_one(self, whole_of_three):
+        found = [SearchResult.load(whole_of_three / f"search-seed{seed}.json") for seed in (5, 6, 7)]
+        policies = [asga.Policy.load(whole_of_three / f"policy-seed{seed}.json") for seed in (5, 6, 7)]
+        assert [result.policy for result in found] == policies
+        assert found[0].log_probs != found[1].log_probs
+        policy = asga.Policy.load(whole_of_three / "policy.json")
+        assert policy == consensus(found).policy == SearchResult.load(whole_of_three / "search.json").policy
+        assert policy.meta["seeds"] == 3
+        assert all(share <= 1 for share in found[0].cost_shares(policy).values())
+
+    def test_result_tells_how_much_they_agree(self, whole_of_three):
+        result = json.loads((whole_of_three / "result.json").read_text())
+        policies = {f"seed{seed}": asga.Policy.load(whole_of_three / f"policy-seed{seed}.json") for seed in (5, 6, 7)}
+        layers = [(name, kind) for name in ("conv2", "conv3") for kind in ("weight", "act")]
+        expected = policy_agreement(policies, layers)
+        agreement = result["agreement"]
+        assert agreement["choices"] == result["choices"] == 4
+        assert [agreement[key] for key in ("equal", "chance", "p_value", "unanimous")] == [
+            *(expected.equal, expected.chance, expected.p_value, expected.unanimous)
+        ]
+        assert [(pair["first"], pair["second"]) for pair in agreement["pairs"]] == [
+            *(("seed5", "seed6"), ("seed5", "seed7"), ("seed6", "seed7"))
+        ]
+        assert agreement["bits"]["conv2"]["weight"] == [policy["conv2"].weight_bits for policy in policies.values()]
+        assert list(result["seeds"]) == list(policies)
+        assert result["seeds"]["seed6"]["cost_shares"]["policy"]["bitops"] <= 1
+
+    def test_first_of_several_is_the_search_of_that_seed(self, run, search_arguments, tmp_path, whole_of_three):
+        assert run(*search_arguments, "--seed", 5)[0] == 0
+        alone = (tmp_path / "run" / "search.json").read_bytes()
+        assert alone == (whole_of_three / "search-seed5.json").read_bytes()
+
+    @pytest.mark.parametrize("stage", ["search/seed5", "search/seed6"])
+    def test_stopped_and_resumed(self, run, search_arguments, monkeypatch, tmp_path, whole_of_three, stage):
+        show = Console.progress
+
+        def interrupt(self, state):
+            show(self, state)
+            if (state.stage, state.epoch, state.step) == (stage, 2, 2):
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Console, "progress", interrupt)
+            assert run(*search_arguments, *SEEDS)[0] == 130
+        status, out, err = run(*search_arguments, *SEEDS, "--resume")
+        assert (status, err) == (0, "")
+        assert "3 seeds: two of them agree on" in out
+        for name in ("policy.json", "search.json", *(f"search-seed{seed}.json" for seed in (5, 6, 7))):
+            assert (tmp_path / "run" / name).read_bytes() == (whole_of_three / name).read_bytes(), name
+        assert without_times(tmp_path / "run") == without_times(whole_of_three)
 
 
 class TestBadInput:
@@ -177,6 +249,7 @@ class TestBadInput:
             (("--init", "nothing.pt"), "nothing.pt does not exist"),
             (("--epochs", 0), "--epochs is 0; it must be at least 1"),
             (("--float-epochs", -1), "--float-epochs is -1; it must be at least 1"),
+            (("--seeds", 0), "--seeds is 0; it must be at least 1"),
             (("--target-size", -8), "--target-size is -8; it must be at least 1"),
             (("--batch-size", 0), "batch_size is 0"),
             (("--limit", 0), "limit is 0"),
