@@ -37,7 +37,6 @@ def training_step(
     *,
     loss_fn: LossFunction = functional.cross_entropy,
     autocast: torch.dtype | None = None,
-    penalty: Callable[[], Tensor] | None = None,
 ) -> dict[str, float]:
     """One step of an optimizer that takes a closure, on one batch.
 
@@ -52,8 +51,6 @@ def training_step(
         loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits
             ``[B, classes]``; another one takes whatever logits and labels it is made for.
         autocast: Run the model under autocast to this dtype.
-        penalty: What to add to the loss before backward; not part of the loss that is reported and that the optimizer
-            sees.
 
     Returns:
         `loss` of the first pass and, where labels are classes, its `accuracy`.
@@ -74,7 +71,7 @@ def training_step(
                 check_labels(labels, logits)
             seen.append(logits.detach())
         loss = loss_fn(logits, labels)
-        (loss if penalty is None else loss + penalty()).backward()
+        loss.backward()
         return loss
 
     metrics = {"loss": optimizer.step(closure).item()}

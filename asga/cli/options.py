@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,11 +27,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=int, default=128)
 
 
-def add_training_options(parser: argparse.ArgumentParser, *, epochs: int, float_epochs: int) -> None:
-    """Epochs, where the float model comes from, device and precision."""
+def add_training_options(
+    parser: argparse.ArgumentParser, *, methods: Mapping[str, str], epochs: int, float_epochs: int
+) -> None:
+    """Epochs, method (by name what it is), where the float model comes from, device and precision."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=epochs)
-    group.add_argument("--method", choices=("asga", "sgd"), default="asga", help="sgd: one pass a step, to compare")
+    described = "; ".join(f"{name}: {what}" for name, what in methods.items())
+    group.add_argument("--method", choices=tuple(methods), default="asga", help=described)
     group.add_argument("--init", metavar="FILE", help="weights of the float model (a state dict); default: train one")
     group.add_argument("--float-epochs", type=int, default=float_epochs, help="epochs to train the float model")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -27,6 +27,7 @@ from asga.cli.pipeline import Setting, finish_run, float_model, searched
 from asga.data import Batches
 from asga.runs import RunFolder
 from asga.search import (
+    METHODS,
     Agreement,
     PolicySearcher,
     SearchResult,
@@ -35,6 +36,7 @@ from asga.search import (
     policy_agreement,
     searched_choices,
 )
+from asga.search.relaxation import RELAXATIONS
 from asga.search.result import TOSS_UP
 
 HELP = "search a bit-width policy on a small dataset"
@@ -59,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     space.add_argument("--act-bits", default="2,3,4,6,8", help="candidates")
     space.add_argument("--first-last", type=int, default=8, help="bits of the first and last layer; 0: searched too")
     add_data_options(parser)
-    add_training_options(parser, epochs=5, float_epochs=15)
+    add_training_options(parser, methods=METHODS, epochs=5, float_epochs=15)
+    parser.add_argument("--relaxation", choices=RELAXATIONS, default="softmax", help="gumbel: sample the candidates")
     add_run_options(parser, out="runs/search")
 
 
@@ -83,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
                 budget=budget,
                 epochs=options.epochs,
                 method=options.method,
+                relaxation=options.relaxation,
                 example_inputs=example_inputs(train, options.target_size),
                 autocast=autocast_dtype(options),
                 folder=folder,

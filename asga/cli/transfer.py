@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, help="fine-tune this many times")
     add_data_options(parser)
-    add_training_options(parser, epochs=3, float_epochs=20)
+    methods = {"asga": "two passes a step", "sgd": "one pass a step, to compare"}
+    add_training_options(parser, methods=methods, epochs=3, float_epochs=20)
     add_run_options(parser, out="runs/transfer")
 
 

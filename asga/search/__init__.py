@@ -3,12 +3,14 @@ behind it, and whether several searches agree."""
 
 from asga.search.agreement import Agreement, consensus, policy_agreement, searched_choices
 from asga.search.budget import Budget
+from asga.search.methods import METHODS
 from asga.search.result import SearchResult
 from asga.search.searcher import PolicySearcher
 from asga.search.solver import InfeasibleBudgetError
 from asga.search.space import SearchSpace
 
 __all__ = [
+    "METHODS",
     "Agreement",
     "Budget",
     "InfeasibleBudgetError",

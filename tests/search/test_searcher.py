@@ -308,7 +308,7 @@ class TestBadInput:
         [
             ({"epochs": 0}, "epochs is 0"),
             ({"calibration_batches": 0}, "calibration_batches is 0"),
-            ({"method": "hawq"}, "method is 'hawq'; it must be 'asga' or 'sgd'"),
+            ({"method": "hawk"}, "method is 'hawk'; it must be one of 'asga'"),
             ({"temperature": (0.2, 1.0)}, "temperature is"),
             ({"temperature": (1.0, 0.0)}, "temperature is"),
         ],

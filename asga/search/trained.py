@@ -1,0 +1,160 @@
+"""A search by training: the mixture with its optimizers, one step of it, and what it says of itself."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from asga._batches import Inputs
+from asga.nn import parameter_groups
+from asga.nn.layers import QuantizedLayer
+from asga.optim import ASGA
+from asga.optim.guarded import GuardedSGD
+from asga.search.costs import LayerProfile
+from asga.search.dual import DualAscent
+from asga.search.expected import ExpectedCosts
+from asga.search.methods import SGD, TRAINED
+from asga.search.relaxation import Relaxation
+from asga.search.result import LogProbabilities
+from asga.steps import cosine_with_warmup, finite, training_step
+from asga.training import LossWatch
+
+if TYPE_CHECKING:
+    from asga.search.searcher import PolicySearcher
+
+
+class Search:
+    """A search under way: the mixture, its optimizers, and one step of training. `PolicySearcher.start` makes one.
+
+    Attributes:
+        model: The mixture.
+        profiles: What its layers cost.
+        parts: Everything that changes in a step, by name.
+    """
+
+    def __init__(
+        self,
+        options: "PolicySearcher",
+        mixed: nn.Module,
+        profiles: Mapping[str, LayerProfile],
+        limits: Mapping[str, int],
+        steps: int,
+    ) -> None:
+        self.model, self.profiles = mixed, profiles
+        self._options, self._steps = options, steps
+        self._layers = {name: module for name, module in mixed.named_modules() if isinstance(module, QuantizedLayer)}
+        self._relaxation = Relaxation(mixed, options.relaxation)
+        self._costs = ExpectedCosts(self._layers, profiles, options.choices, limits)
+        self._optimizer = _weight_optimizer(options, mixed)
+        # The second beta is lower than usual: gradients of logits change with temperature and multiplier. Fused: one
+        # operation instead of some for each of many small tensors.
+        self._logit_optimizer = torch.optim.Adam(
+            self._relaxation.logits, lr=options.logit_lr, betas=(0.9, 0.99), fused=True
+        )
+        self._scheduler = cosine_with_warmup(self._optimizer, steps, options.warmup)
+        self._dual = DualAscent(list(limits), steps)
+        self._watch = LossWatch(steps)
+        self.parts = {
+            "model": mixed,
+            "optimizer": self._optimizer,
+            "logit_optimizer": self._logit_optimizer,
+            "scheduler": self._scheduler,
+            "dual": self._dual,
+        }
+
+    def step(self, inputs: Inputs, labels: Tensor) -> dict[str, float]:
+        """Train on one batch.
+
+        Args:
+            inputs: A batch for the model, in a form that `asga.evaluate` takes.
+            labels: Its labels.
+
+        Returns:
+            Loss and, where labels are classes, accuracy of the mixture before the step.
+
+        Raises:
+            TrainingError: The labels do not fit, or the loss has not been finite for several steps.
+        """
+        self._relaxation.set_temperature(self._temperature())
+        self._relaxation.draw()
+        loss = {"loss_fn": self._options.loss_fn, "autocast": self._options.autocast}
+        metrics = training_step(self.model, self._optimizer, inputs, labels, **loss)
+        self._watch.check(metrics["loss"])
+        # The logits have the gradient of the second pass: that at the perturbed weights, as for SAM.
+        self._update_logits()
+        self._scheduler.step()
+        return metrics
+
+    def end_epoch(self, epoch: int) -> dict[str, object]:
+        """Log the probabilities; returns what else to log of an epoch."""
+        record = {
+            "lr": self._optimizer.param_groups[0]["lr"],
+            "temperature": self._temperature(),
+            "multiplier": dict(self._dual.multipliers),
+            "expected_cost": self.expected_now(),
+        }
+        if isinstance(self._optimizer, ASGA):
+            record |= finite(self._optimizer.diagnostics())
+        if self._options.folder is not None:
+            self._options.folder.log(
+                event="probabilities", stage=self._options.stage, epoch=epoch, layers=self._probabilities()
+            )
+        return record
+
+    @torch.no_grad()
+    def expected_now(self) -> dict[str, float]:
+        """By metric, the expected cost divided by its limit."""
+        return {metric: cost.item() for metric, cost in self._costs(self._relaxation.probs()).items()}
+
+    def log_probs(self) -> dict[str, LogProbabilities]:
+        """Of every layer, at the present temperature."""
+        known = self._relaxation.log_probs()
+        certain = (0.0,)
+
+        def of(quantizer: nn.Module) -> tuple[float, ...]:
+            return known[quantizer.logits] if hasattr(quantizer, "logits") else certain
+
+        return {
+            name: LogProbabilities(of(layer.weight_quantizer), of(layer.act_quantizer))
+            for name, layer in self._layers.items()
+        }
+
+    def _update_logits(self) -> None:
+        """Add the gradient of what the policy costs, and step; nothing but the multiplier moves if it is not finite."""
+        expected = self._costs(self._relaxation.probs())
+        penalty = self._dual.penalty(expected)
+        if penalty.requires_grad:  # not if every layer has a single candidate
+            penalty.backward()
+        gradients = [p.grad for p in self._relaxation.logits if p.grad is not None]
+        if math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
+            self._logit_optimizer.step()
+        self._dual.update(dict(zip(expected, torch.stack(list(expected.values())).tolist(), strict=True)))
+
+    def _temperature(self) -> float:
+        start, end = self._options.temperature
+        done = min(1.0, self._scheduler.last_epoch / max(1, self._steps - 1))
+        return start * (end / start) ** done
+
+    def _probabilities(self) -> dict[str, dict[str, list]]:
+        return {
+            name: {
+                "weight_bits": list(self._options.choices.layers[name].weight_bits),
+                "weight_probs": [math.exp(p) for p in found.weight],
+                "act_bits": list(self._options.choices.layers[name].act_bits),
+                "act_probs": [math.exp(p) for p in found.act],
+            }
+            for name, found in self.log_probs().items()
+            if not self._options.choices.layers[name].pinned
+        }
+
+
+def _weight_optimizer(options: "PolicySearcher", mixed: nn.Module) -> torch.optim.Optimizer:
+    """For everything but the logits, which the ASGA step neither perturbs nor decays."""
+    groups = parameter_groups(mixed, weight_decay=options.weight_decay, lr=options.lr)
+    sgd = {"momentum": options.momentum, "nesterov": options.momentum > 0}
+    if options.method == SGD:
+        return GuardedSGD(groups, model=mixed, **sgd, **options.optimizer_options)
+    own = {**TRAINED[options.method], **options.optimizer_options}
+    return ASGA(groups, torch.optim.SGD, model=mixed, **sgd, **own)
