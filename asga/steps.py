@@ -1,4 +1,4 @@
-"""One step of training a classifier, and its evaluation."""
+"""One step of training a classifier, what follows the last one, and evaluation."""
 
 import contextlib
 import math
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
+from torch.optim.swa_utils import update_bn
 
 from asga._batches import Batch, Inputs, call, split, to_device
 
@@ -123,6 +124,21 @@ def evaluate(
     return Evaluation(loss.item() / images, (correct / counted).item(), images)
 
 
+def measure_batchnorm(
+    model: nn.Module, batches: Iterable[tuple[Inputs, Tensor]], *, autocast: torch.dtype | None = None
+) -> None:
+    """Measure the running statistics of batch normalization anew: the plain mean over some batches.
+
+    Args:
+        model: Its mode is restored.
+        batches: Pairs of inputs and labels.
+        autocast: Run the model under autocast to this dtype.
+    """
+    device = _device(model)
+    with autocast_to(device, autocast):
+        update_bn(((to_device(inputs, device),) for inputs, _ in batches), _AnyInputs(model))
+
+
 def model_logits(model: nn.Module, inputs: Inputs, autocast: torch.dtype | None) -> Tensor:
     """The logits that a model gives for a batch, in float32.
 
@@ -201,3 +217,14 @@ def finite(values: Mapping[str, float]) -> dict[str, float]:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+class _AnyInputs(nn.Module):
+    """A model whose only argument are inputs of any form: `update_bn` knows no other models."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs) -> object:
+        return call(self.model, inputs)

@@ -7,14 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import update_bn
 
-from asga._batches import Batch, Inputs, call, to_device
+from asga._batches import Batch, Inputs
 from asga.nn import calibrate, parameter_groups
 from asga.optim import ASGA
 from asga.optim.guarded import GuardedSGD
 from asga.runs import RunFolder
-from asga.steps import Evaluation, LossFunction, autocast_to, cosine_with_warmup, evaluate, finite, training_step
+from asga.steps import (
+    Evaluation,
+    LossFunction,
+    cosine_with_warmup,
+    evaluate,
+    finite,
+    measure_batchnorm,
+    training_step,
+)
 from asga.training import LossWatch, Progress, Stage, batches_from, count_batches, finite_batches, first_batches
 
 
@@ -121,7 +128,6 @@ class TransferTrainer:
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the training.
         """
         steps = self.epochs * count_batches(train)
-        device = next(self.model.parameters()).device
         calibrate(self.model, first_batches(train, self.calibration_batches))
         self.model.train()
         groups = parameter_groups(self.model, weight_decay=self.weight_decay, lr=self.lr)
@@ -145,7 +151,7 @@ class TransferTrainer:
             if isinstance(optimizer, ASGA):
                 record |= finite(optimizer.diagnostics())
             if epoch == self.epochs and self.batchnorm_batches > 0:
-                self._measure_batchnorm(train, device)
+                self._measure_batchnorm(train)
             if val is not None and (epoch == self.epochs or epoch % self.validate_every == 0):
                 found = evaluate(self.model, val, loss_fn=self.loss_fn, autocast=self.autocast)
                 record |= finite({"val_loss": found.loss, "val_top1": found.top1})
@@ -159,19 +165,7 @@ class TransferTrainer:
             evaluation = evaluate(self.model, val, loss_fn=self.loss_fn, autocast=self.autocast)
         return TransferResult(evaluation, history)
 
-    def _measure_batchnorm(self, train: Iterable[Batch], device: torch.device) -> None:
+    def _measure_batchnorm(self, train: Iterable[Batch]) -> None:
         """Running statistics of the final weights: those of training lag behind by a momentum of 0.1 a step."""
         batches = itertools.islice(finite_batches(batches_from(train, self.epochs)), self.batchnorm_batches)
-        with autocast_to(device, self.autocast):
-            update_bn(((to_device(inputs, device),) for inputs, _ in batches), _AnyInputs(self.model))
-
-
-class _AnyInputs(nn.Module):
-    """A model whose only argument are inputs of any form: `update_bn` knows no other models."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Inputs) -> object:
-        return call(self.model, inputs)
+        measure_batchnorm(self.model, batches, autocast=self.autocast)

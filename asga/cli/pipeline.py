@@ -1,6 +1,7 @@
 """The steps that commands are made of: a float model, a search, a transfer. Each is passed over when resuming."""
 
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from asga.data import Batches
 from asga.policy import Policy
 from asga.runs import RunFolder
 from asga.search import PolicySearcher, SearchResult
+from asga.search.comparison import NotBetterThanUniform
 from asga.search.costs import Costs
 from asga.transfer import TransferTrainer
 
@@ -99,7 +101,9 @@ def searched(
     prepared = searcher()
     # The same random numbers whether the float model was just trained, read from a file or finished earlier.
     torch.manual_seed(seed)
-    result = prepared.fit(setting.train.with_seed(seed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotBetterThanUniform)  # commands say it themselves
+        result = prepared.fit(setting.train.with_seed(seed))
     seconds = training_seconds(result.history)
     result.save(path)
     setting.folder.finish(stage, {"seconds": seconds})

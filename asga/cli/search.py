@@ -39,6 +39,12 @@ from asga.search import (
 from asga.search.relaxation import RELAXATIONS
 from asga.search.result import TOSS_UP
 
+_VERDICTS = {
+    True: "better than uniform bits",
+    False: "NOT better than uniform bits",
+    None: "beside uniform bits",
+}
+
 HELP = "search a bit-width policy on a small dataset"
 
 
@@ -130,32 +136,39 @@ def example_inputs(batches: Batches, side: int | None) -> torch.Tensor:
 
 def findings(result: SearchResult) -> dict[str, object]:
     """What ``result.json`` says about a search."""
+    shares = {
+        "expected": result.expected_cost,
+        "most_likely": result.cost_shares(result.most_likely()),
+        "policy": result.cost_shares(result.policy),
+    }
+    found: dict[str, object] = {"method": result.method, "cost_shares": shares}
+    if result.uniform is not None:  # several searches together have not been measured
+        found["uniform"] = result.uniform.to_dict()
+    if not result.trained:  # scores are no probabilities: their gaps say nothing about toss-ups
+        return found
     gaps = result.gaps()
     toss_ups = sum(gap < TOSS_UP for layer in gaps.values() for gap in layer.values())
     return {
+        **found,
         "logit_gaps": gaps,
         "toss_ups": toss_ups,
         "choices": sum(len(layer) for layer in gaps.values()),
-        "cost_shares": {
-            "expected": result.expected_cost,
-            "most_likely": result.cost_shares(result.most_likely()),
-            "policy": result.cost_shares(result.policy),
-        },
     }
 
 
 def describe(result: SearchResult) -> list[str]:
     """The same in sentences."""
     found = findings(result)
+    shares = found["cost_shares"]
     lines = []
-    for metric, share in found["cost_shares"]["policy"].items():
-        expected, likely = (found["cost_shares"][key][metric] for key in ("expected", "most_likely"))
-        lines.append(
-            f"{metric}: policy {share:.1%} of the budget (expected at the end {expected:.1%}, "
-            f"likeliest candidates {likely:.1%})"
-        )
-    if found["toss_ups"]:
+    for metric, share in shares["policy"].items():
+        others = {"expected at the end": shares["expected"], "likeliest candidates": shares["most_likely"]}
+        known = ", ".join(f"{name} {of[metric]:.1%}" for name, of in others.items() if metric in of)
+        lines.append(f"{metric}: policy {share:.1%} of the budget ({known})")
+    if found.get("toss_ups"):
         lines.append(f"{found['toss_ups']} of {found['choices']} choices were toss-ups (gap below {TOSS_UP})")
+    if result.uniform is not None:
+        lines.append(f"{_VERDICTS[result.uniform.better]}: {result.uniform}")
     return lines
 
 

@@ -3,9 +3,11 @@ behind it, and whether several searches agree."""
 
 from asga.search.agreement import Agreement, consensus, policy_agreement, searched_choices
 from asga.search.budget import Budget
+from asga.search.hessian import hessian_sensitivity
 from asga.search.methods import METHODS
 from asga.search.result import SearchResult
 from asga.search.searcher import PolicySearcher
+from asga.search.sensitivity import gradient_sensitivity, measured_sensitivity
 from asga.search.solver import InfeasibleBudgetError
 from asga.search.space import SearchSpace
 
@@ -18,6 +20,9 @@ __all__ = [
     "SearchResult",
     "SearchSpace",
     "consensus",
+    "gradient_sensitivity",
+    "hessian_sensitivity",
+    "measured_sensitivity",
     "policy_agreement",
     "searched_choices",
 ]

@@ -148,13 +148,13 @@ def consensus(results: Sequence[SearchResult]) -> SearchResult:
         the mean, its history empty.
 
     Raises:
-        ValueError: There is no result, or they are not about the same layers, candidates, costs and budget.
+        ValueError: There is no result, or they are not of the same layers, candidates, costs, budget and method.
     """
     if not results:
         raise ValueError("results is empty; at least one search is needed")
     first = results[0]
     for i, result in enumerate(results):
-        for what in ("choices", "profiles", "budget"):
+        for what in ("choices", "profiles", "budget", "method"):
             if getattr(result, what) != getattr(first, what):
                 raise ValueError(f"results[{i}] has other {what} than results[0]: only searches of one kind have a sum")
     log_probs = {
@@ -165,7 +165,7 @@ def consensus(results: Sequence[SearchResult]) -> SearchResult:
         log_probs, first.choices, first.profiles, first.budget, {**first.policy.meta, "seeds": len(results)}
     )
     expected = {metric: fmean(r.expected_cost[metric] for r in results) for metric in first.expected_cost}
-    return replace(first, policy=policy, log_probs=log_probs, expected_cost=expected, history=[])
+    return replace(first, policy=policy, log_probs=log_probs, expected_cost=expected, history=[], uniform=None)
 
 
 def _equal(bits: np.ndarray) -> np.ndarray:

@@ -21,4 +21,8 @@ METHODS: Mapping[str, str] = {
     "aligned": "trained like asga, with a fixed radius (SAGM)",
     "sam": "trained with sharpness-aware minimization, at a fixed radius",
     "sgd": "trained with plain SGD, one pass a step (EdMIPS)",
+    "sensitivity": "not trained: gradients times quantization errors (AutoQuantize)",
+    "hawq": "not trained: traces of the Hessian times squared quantization errors (HAWQ-V2)",
+    "uniform": "not trained: the best uniform pair of weight and activation bits",
+    "random": "not trained: drawn from all policies within the budget",
 }

@@ -11,7 +11,9 @@ import numpy as np
 from asga._files import write_json
 from asga.policy import Policy
 from asga.search.budget import Budget
+from asga.search.comparison import UniformComparison
 from asga.search.costs import Costs, LayerProfile, cost_tables, policy_costs
+from asga.search.methods import TRAINED
 from asga.search.solver import solve
 from asga.search.space import LayerChoices, SpaceChoices
 
@@ -22,7 +24,11 @@ _FORMAT, _VERSION = "asga.search", 1
 
 @dataclass(frozen=True)
 class LogProbabilities:
-    """Natural logarithms of the probabilities of one layer's candidates, in the order of its choices."""
+    """Natural logarithms of the probabilities of one layer's candidates, in the order of its choices.
+
+    Of methods without training they are scores, up to a constant: minus the estimated increases of the loss (or 0 for
+    the candidate chosen and -1 for the others, where the method is uniform or random).
+    """
 
     weight: tuple[float, ...]
     act: tuple[float, ...]
@@ -38,8 +44,10 @@ class SearchResult:
         choices: The candidates of every layer.
         profiles: What the layers cost, at the resolution the costs are for.
         log_probs: Of every layer with candidates, pinned ones included.
-        expected_cost: At the end, by metric, the expected cost divided by its limit.
-        history: What was logged of every epoch.
+        expected_cost: At the end, by metric, the expected cost divided by its limit; of trained methods.
+        history: What was logged of every epoch; of methods without training one entry with their seconds.
+        method: One of `asga.search.METHODS`.
+        uniform: The policy beside the uniform pairs within the budget.
     """
 
     policy: Policy
@@ -49,6 +57,13 @@ class SearchResult:
     log_probs: dict[str, LogProbabilities]
     expected_cost: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, object]] = field(default_factory=list)
+    method: str = "asga"
+    uniform: UniformComparison | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether the method trains, so that `log_probs` are probabilities."""
+        return self.method in TRAINED
 
     def policy_for(self, budget: Budget, meta: Mapping[str, object] | None = None) -> Policy:
         """The best policy within another budget, from the same probabilities, without another search.
@@ -81,7 +96,8 @@ class SearchResult:
     def gaps(self) -> dict[str, dict[str, float]]:
         """Per searched layer the difference of the two best log-probabilities of weight and act.
 
-        Near zero the choice is a toss-up. Temperature stretches these: they are those of the last step.
+        Near zero the choice of a trained method is a toss-up. Temperature stretches these: they are those of the last
+        step.
         """
         return {
             name: {kind: _gap(values) for kind, values in asdict(p).items() if len(values) > 1}
@@ -96,6 +112,7 @@ class SearchResult:
             {
                 "format": _FORMAT,
                 "version": _VERSION,
+                "method": self.method,
                 "policy": self.policy.to_dict(),
                 "budget": self.budget.to_dict(),
                 "names": list(self.choices.names),
@@ -104,6 +121,7 @@ class SearchResult:
                 "profiles": [asdict(profile) for profile in self.profiles.values()],
                 "log_probs": {name: asdict(p) for name, p in self.log_probs.items()},
                 "expected_cost": self.expected_cost,
+                "uniform": None if self.uniform is None else self.uniform.to_dict(),
             },
         )
 
@@ -130,7 +148,9 @@ class SearchResult:
                 log_probs={
                     name: LogProbabilities(tuple(p["weight"]), tuple(p["act"])) for name, p in data["log_probs"].items()
                 },
+                method=data.get("method", "asga"),
                 expected_cost=data["expected_cost"],
+                uniform=UniformComparison.from_dict(data["uniform"]) if data.get("uniform") else None,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a search result that this asga can read: {error!r}") from error

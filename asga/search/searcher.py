@@ -1,5 +1,7 @@
 """The search: bit-widths as probabilities, trained with the weights on a small dataset within a budget."""
 
+import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -10,15 +12,19 @@ from asga._batches import Batch, first_sample, to_device
 from asga._extras import require
 from asga.convert import prepare
 from asga.nn import calibrate
+from asga.policy import Policy
 from asga.runs import RunFolder
+from asga.search.baselines import uniform_pairs
 from asga.search.budget import Budget
-from asga.search.costs import ExampleInputs, LayerProfile, cost_tables, profile_layers
-from asga.search.methods import METHODS
+from asga.search.comparison import NotBetterThanUniform, Score, UniformComparison, score
+from asga.search.costs import ExampleInputs, LayerProfile, cost_tables, policy_costs, profile_layers
+from asga.search.methods import METHODS, TRAINED
 from asga.search.relaxation import check_relaxation
 from asga.search.result import SearchResult, best_policy
 from asga.search.solver import check_feasible
 from asga.search.space import SearchSpace
 from asga.search.trained import Search
+from asga.search.untrained import score_candidates
 from asga.steps import LossFunction
 from asga.training import Progress, Stage, count_batches, first_batches
 
@@ -39,7 +45,7 @@ class PolicySearcher:
         model: The float model, best trained on the proxy. It is copied, not changed.
         space: The candidates.
         budget: The limits that the policy meets.
-        epochs: Passes over the loader.
+        epochs: Passes over the loader; without effect on methods that do not train.
         method: One of `asga.search.METHODS`, which says what they are.
         lr: Of weights and scales, for SGD with Nesterov momentum, warmed up and then following a cosine.
         momentum: Of that SGD.
@@ -51,6 +57,8 @@ class PolicySearcher:
         optimizer_options: Further options of `asga.optim.ASGA`, such as ``{"rho_max": 0.2}``; they go before those
             that make the method.
         calibration_batches: Batches that set the scales of the activations before the search.
+        measure_batches: Batches on which the policy is compared with uniform ones at the end, every other one to
+            measure batch normalization; methods without training measure on them, too.
         example_inputs: What the target model will be fed, if not what the loader gives: costs are those at this
             resolution.
         loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits
@@ -75,7 +83,7 @@ class PolicySearcher:
         space: SearchSpace | None = None,
         *,
         budget: Budget,
-        epochs: int,
+        epochs: int = 5,
         method: str = "asga",
         lr: float = 0.01,
         momentum: float = 0.9,
@@ -86,6 +94,7 @@ class PolicySearcher:
         relaxation: str = "softmax",
         optimizer_options: Mapping[str, object] | None = None,
         calibration_batches: int = 4,
+        measure_batches: int = 16,
         example_inputs: ExampleInputs | None = None,
         loss_fn: LossFunction = functional.cross_entropy,
         autocast: torch.dtype | None = None,
@@ -97,7 +106,12 @@ class PolicySearcher:
         if method not in METHODS:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(map(repr, METHODS))}")
         check_relaxation(relaxation)
-        for name, value in (("epochs", epochs), ("calibration_batches", calibration_batches)):
+        counts = {
+            "epochs": epochs,
+            "calibration_batches": calibration_batches,
+            "measure_batches": measure_batches,
+        }
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not (temperature[0] >= temperature[1] > 0):
@@ -108,7 +122,8 @@ class PolicySearcher:
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
         self.logit_lr, self.temperature, self.relaxation = logit_lr, temperature, relaxation
         self.optimizer_options = dict(optimizer_options or {})
-        self.calibration_batches, self.example_inputs = calibration_batches, example_inputs
+        self.calibration_batches, self.measure_batches = calibration_batches, measure_batches
+        self.example_inputs = example_inputs
         self.loss_fn, self.autocast = loss_fn, autocast
         self.folder, self.progress, self.stage = folder, progress, stage
         self.meta = dict(meta or {})
@@ -130,20 +145,52 @@ class PolicySearcher:
             TypeError: A batch has another form.
             ValueError: The loader is empty, has no length, or has one class only.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the search.
+
+        Warns:
+            NotBetterThanUniform: On the proxy the policy is not better than uniform bits within the same budget; see
+                `asga.search.comparison.UniformComparison`.
         """
-        search = self.start(loader)
-        stage = Stage(self.stage, self.epochs, search.parts, folder=self.folder, progress=self.progress)
-        history = stage.run(loader, search.step, search.end_epoch)
-        log_probs = search.log_probs()
-        policy = best_policy(log_probs, self.choices, search.profiles, self.budget, self.meta)
+        if self.method in TRAINED:
+            search = self.start(loader)
+            stage = Stage(self.stage, self.epochs, search.parts, folder=self.folder, progress=self.progress)
+            history = stage.run(loader, search.step, search.end_epoch)
+            search.relaxation.remove()
+            mixed, profiles = search.model, search.profiles
+            log_probs, expected = search.log_probs(), search.expected_now()
+        else:
+            profiles, _ = self.check(loader)
+            mixed = self._mixture(loader)
+            log_probs, expected = {}, {}
+        batches = first_batches(loader, self.measure_batches)
+        limits = self.budget.limits(profiles, self.choices)
+
+        def scored(policy: Policy) -> Score:
+            costs = policy_costs(profiles, policy)
+            shares = {metric: getattr(costs, metric) / limit for metric, limit in limits.items()}
+            options = {"loss_fn": self.loss_fn, "autocast": self.autocast}
+            return score(mixed, self.choices, policy, shares, batches, **options)
+
+        started = time.perf_counter()
+        pairs = {pair: scored(self.choices.uniform(*pair)) for pair in uniform_pairs(profiles, self.choices, limits)}
+        if self.method != "uniform":  # for the others the pairs are no part of the search
+            started = time.perf_counter()
+        if self.method not in TRAINED:
+            log_probs = score_candidates(self, profiles, batches, pairs)
+            history = [{"stage": self.stage, "seconds": round(time.perf_counter() - started, 3)}]
+        policy = best_policy(log_probs, self.choices, profiles, self.budget, self.meta)
+        uniform = UniformComparison(scored(policy), {f"w{w}a{a}": score for (w, a), score in pairs.items()})
+        if uniform.better is False and self.method != "uniform":
+            warnings.warn(f"the policy is not better than uniform bits: {uniform}", NotBetterThanUniform, stacklevel=2)
         return SearchResult(
             policy=policy,
             budget=self.budget,
             choices=self.choices,
-            profiles=search.profiles,
+            profiles=profiles,
             log_probs=log_probs,
-            expected_cost=search.expected_now(),
+            expected_cost=expected,
             history=history,
+            method=self.method,
+            uniform=uniform,
         )
 
     def start(self, loader: Iterable[Batch]) -> "Search":
@@ -153,12 +200,13 @@ class PolicySearcher:
             loader: As for `fit`; its first batches calibrate the scales, its length and `epochs` set the schedules.
 
         Raises:
-            InfeasibleBudgetError, ImportError, TrainingError, TypeError, ValueError: As `fit` does.
+            InfeasibleBudgetError, ImportError, TrainingError, TypeError: As `fit` does.
+            ValueError: As `fit` does, or the method makes no steps.
         """
+        if self.method not in TRAINED:
+            raise ValueError(f"method is {self.method!r}, which makes no steps: call fit")
         profiles, limits = self.check(loader)
-        mixed = prepare(self.model, self.space).train()
-        calibrate(mixed, first_batches(loader, self.calibration_batches))
-        return Search(self, mixed, profiles, limits, steps=self.epochs * len(loader))
+        return Search(self, self._mixture(loader).train(), profiles, limits, steps=self.epochs * len(loader))
 
     def check(self, loader: Iterable[Batch]) -> tuple[dict[str, LayerProfile], dict[str, int]]:
         """Find what would make `fit` refuse to start, without training: for before a float model is trained.
@@ -185,6 +233,12 @@ class PolicySearcher:
         limits = self.budget.limits(profiles, self.choices)
         check_feasible(cost_tables(profiles, self.choices), limits)
         return profiles, limits
+
+    def _mixture(self, loader: Iterable[Batch]) -> nn.Module:
+        """A copy of the model with all candidates in it, calibrated."""
+        mixed = prepare(self.model, self.space)
+        calibrate(mixed, first_batches(loader, self.calibration_batches))
+        return mixed
 
 
 def _check_classes(loader: Iterable[Batch]) -> None:

@@ -60,6 +60,17 @@ class SpaceChoices:
         }
         return self._policy(bits, meta)
 
+    def uniform_choice(self, weight_bits: int, act_bits: int) -> dict[str, tuple[int, int]]:
+        """The same as indices into the candidates, for `policy`.
+
+        Raises:
+            ValueError: A searched layer does not have these candidates.
+        """
+        return {
+            name: (0, 0) if c.pinned else (c.weight_bits.index(weight_bits), c.act_bits.index(act_bits))
+            for name, c in self.layers.items()
+        }
+
     def policy(self, chosen: Mapping[str, tuple[int, int]], meta: Mapping[str, object] | None = None) -> Policy:
         """The policy of one candidate per layer.
 

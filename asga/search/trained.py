@@ -32,6 +32,7 @@ class Search:
         model: The mixture.
         profiles: What its layers cost.
         parts: Everything that changes in a step, by name.
+        relaxation: The probabilities of the candidates.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class Search:
         self.model, self.profiles = mixed, profiles
         self._options, self._steps = options, steps
         self._layers = {name: module for name, module in mixed.named_modules() if isinstance(module, QuantizedLayer)}
-        self._relaxation = Relaxation(mixed, options.relaxation)
+        self.relaxation = Relaxation(mixed, options.relaxation)
         self._costs = ExpectedCosts(self._layers, profiles, options.choices, limits)
         self._optimizer = _weight_optimizer(options, mixed)
         # The second beta is lower than usual: gradients of logits change with temperature and multiplier. Fused: one
         # operation instead of some for each of many small tensors.
         self._logit_optimizer = torch.optim.Adam(
-            self._relaxation.logits, lr=options.logit_lr, betas=(0.9, 0.99), fused=True
+            self.relaxation.logits, lr=options.logit_lr, betas=(0.9, 0.99), fused=True
         )
         self._scheduler = cosine_with_warmup(self._optimizer, steps, options.warmup)
         self._dual = DualAscent(list(limits), steps)
@@ -77,8 +78,8 @@ class Search:
         Raises:
             TrainingError: The labels do not fit, or the loss has not been finite for several steps.
         """
-        self._relaxation.set_temperature(self._temperature())
-        self._relaxation.draw()
+        self.relaxation.set_temperature(self._temperature())
+        self.relaxation.draw()
         loss = {"loss_fn": self._options.loss_fn, "autocast": self._options.autocast}
         metrics = training_step(self.model, self._optimizer, inputs, labels, **loss)
         self._watch.check(metrics["loss"])
@@ -106,11 +107,11 @@ class Search:
     @torch.no_grad()
     def expected_now(self) -> dict[str, float]:
         """By metric, the expected cost divided by its limit."""
-        return {metric: cost.item() for metric, cost in self._costs(self._relaxation.probs()).items()}
+        return {metric: cost.item() for metric, cost in self._costs(self.relaxation.probs()).items()}
 
     def log_probs(self) -> dict[str, LogProbabilities]:
         """Of every layer, at the present temperature."""
-        known = self._relaxation.log_probs()
+        known = self.relaxation.log_probs()
         certain = (0.0,)
 
         def of(quantizer: nn.Module) -> tuple[float, ...]:
@@ -123,11 +124,11 @@ class Search:
 
     def _update_logits(self) -> None:
         """Add the gradient of what the policy costs, and step; nothing but the multiplier moves if it is not finite."""
-        expected = self._costs(self._relaxation.probs())
+        expected = self._costs(self.relaxation.probs())
         penalty = self._dual.penalty(expected)
         if penalty.requires_grad:  # not if every layer has a single candidate
             penalty.backward()
-        gradients = [p.grad for p in self._relaxation.logits if p.grad is not None]
+        gradients = [p.grad for p in self.relaxation.logits if p.grad is not None]
         if math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
             self._logit_optimizer.step()
         self._dual.update(dict(zip(expected, torch.stack(list(expected.values())).tolist(), strict=True)))

@@ -37,7 +37,10 @@ class TestRunFolder:
         assert result["command"] == "search"
         assert result["cost_shares"]["policy"] == found.cost_shares(policy)
         assert result["choices"] == 40
+        assert result["method"] == "asga"
+        assert result["uniform"]["best"] in ("w2a8", "w3a4", "w4a4", "w8a2")
         assert "bitops: policy" in out
+        assert "uniform bits: loss on the proxy" in out
         config = json.loads((folder / "config.json").read_text())
         assert config["command"] == "search"
         assert config["options"]["limit"] == 40
@@ -62,6 +65,24 @@ class TestRunFolder:
         assert found.profiles["conv1"].macs == 16 * 16 * 4 * 3 * 9
         diagnostics = [line for line in without_times(tmp_path / "run") if line.get("stage") == "search/seed0"]
         assert any("rho" in line for line in diagnostics) is (method == "asga")
+
+    @pytest.mark.parametrize("method", ["sensitivity", "hawq", "uniform", "random"])
+    def test_without_training(self, run, search_arguments, tmp_path, method):
+        status, out, err = run(*search_arguments, "--method", method)
+        assert (status, err) == (0, "")
+        assert "bitops: policy" in out
+        assert "toss-ups" not in out
+        assert {line["stage"] for line in without_times(tmp_path / "run")} == {"float"}
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert result["method"] == method
+        assert "toss_ups" not in result
+        found = SearchResult.load(tmp_path / "run" / "search.json")
+        assert found.policy == asga.Policy.load(tmp_path / "run" / "policy.json")
+        assert result["uniform"] == found.uniform.to_dict()
+
+    def test_gumbel(self, run, search_arguments, tmp_path):
+        assert run(*search_arguments, "--relaxation", "gumbel")[0] == 0
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["relaxation"] == "gumbel"
 
     def test_given_weights_are_not_trained_again(self, run, search_arguments, tmp_path):
         assert run(*search_arguments)[0] == 0

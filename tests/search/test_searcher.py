@@ -13,10 +13,12 @@ import asga
 from asga import Budget, InfeasibleBudgetError, PolicySearcher, SearchSpace
 from asga.policy import LayerPolicy
 from asga.runs import RunFolder
+from asga.search.comparison import NotBetterThanUniform
 from asga.search.costs import policy_costs
 from asga.steps import TrainingError
 
 METHODS = pytest.mark.parametrize("method", ["asga", "sgd"])
+WITHOUT_TRAINING = pytest.mark.parametrize("method", ["sensitivity", "hawq", "uniform", "random"])
 W4A4 = Budget(bitops="w4a4")
 
 
@@ -194,6 +196,85 @@ def test_batches_of_any_form(tiny_net, labeled_batches, bits_of, batch_form, met
     assert dict(found.policy) == {f"net.{name}": layer for name, layer in expected.policy.items()}
     assert found.log_probs == {f"net.{name}": value for name, value in expected.log_probs.items()}
     assert bits_of(found.history) == bits_of(expected.history)
+
+
+class TestMethods:
+    @pytest.mark.parametrize("method", list(asga.search.METHODS))
+    def test_every_one_gives_the_same_kind_of_result(self, tiny_net, labeled_batches, tmp_path, method):
+        budget, batches = Budget(bitops="w3a4", size="w3"), labeled_batches()
+        torch.manual_seed(0)
+        result = search(tiny_net(), batches, budget=budget, method=method)
+        assert result.method == method
+        assert all(share <= 1 for share in result.cost_shares(result.policy).values())
+        assert list(result.policy) == ["conv1", "conv2", "conv3", "fc"]
+        assert result.policy_for(budget) == result.policy
+        assert result.policy_for(Budget(bitops="w2a2")) == result.choices.uniform(2, 2)
+        assert result.trained is bool(result.expected_cost) is ("loss" in result.history[-1])
+        result.save(tmp_path / "search.json")
+        loaded = asga.SearchResult.load(tmp_path / "search.json")
+        assert (loaded.method, loaded.uniform, loaded.log_probs) == (method, result.uniform, result.log_probs)
+        torch.manual_seed(0)
+        again = search(tiny_net(), batches, budget=budget, method=method)
+        assert (again.policy, again.log_probs, again.uniform) == (result.policy, result.log_probs, result.uniform)
+
+    @pytest.mark.parametrize(
+        ("method", "variant", "radius"),
+        [("asga", "aligned", "adaptive"), ("aligned", "aligned", "constant"), ("sam", "sam", "constant")],
+    )
+    def test_variant_and_radius(self, tiny_net, labeled_batches, method, variant, radius):
+        """A fixed one is SAM's customary 0.05, or whatever is asked for."""
+        options = {"budget": W4A4, "epochs": 1, "method": method}
+        optimizer = PolicySearcher(tiny_net(), **options).start(labeled_batches()).parts["optimizer"]
+        assert (optimizer.variant, optimizer._radius.rule) == (variant, radius)
+        if radius == "constant":
+            assert optimizer.rho.item() == 0.05
+            options["optimizer_options"] = {"rho_max": 0.2, "variant": "gsam"}
+            optimizer = PolicySearcher(tiny_net(), **options).start(labeled_batches()).parts["optimizer"]
+            assert (optimizer.variant, optimizer.rho.item()) == ("gsam", 0.2)
+
+    @pytest.mark.parametrize("method", list(asga.search.METHODS))
+    def test_impossible_budget(self, tiny_net, labeled_batches, method):
+        with pytest.raises(InfeasibleBudgetError, match="least possible"):
+            search(tiny_net(), labeled_batches(), budget=Budget(bitops=1000), method=method)
+
+    def test_sensitivities_are_the_scores(self, tiny_net, labeled_batches):
+        batches = labeled_batches()
+        result = search(tiny_net(), batches, method="sensitivity", measure_batches=2)
+        found = asga.search.gradient_sensitivity(tiny_net(), SearchSpace(), batches[:2])
+        assert result.log_probs["conv2"].weight == tuple(-x for x in found["conv2"].weight)
+        assert result.log_probs["conv3"].act == tuple(-x for x in found["conv3"].act)
+
+    def test_uniform_is_the_pair_of_least_loss(self, tiny_net, labeled_batches):
+        result = search(tiny_net(), labeled_batches(), method="uniform")
+        assert list(result.uniform.pairs) == ["w2a8", "w4a4", "w8a2"]
+        best = result.uniform.best
+        assert result.policy == result.choices.uniform(int(best[1]), int(best[3]))
+        assert result.uniform.policy == result.uniform.pairs[best]
+
+    def test_random_differs_from_seed_to_seed(self, tiny_net, labeled_batches):
+        policies = []
+        for seed in range(4):
+            torch.manual_seed(seed)
+            policies.append(search(tiny_net(), labeled_batches(), method="random").policy)
+        assert any(policy != policies[0] for policy in policies)
+
+    @WITHOUT_TRAINING
+    def test_make_no_steps(self, tiny_net, labeled_batches, method):
+        with pytest.raises(ValueError, match=f"method is '{method}', which makes no steps"):
+            PolicySearcher(tiny_net(), budget=W4A4, method=method).start(labeled_batches())
+
+    @WITHOUT_TRAINING
+    def test_the_model_is_left_alone(self, tiny_net, labeled_batches, bits_of, method):
+        model = tiny_net()
+        before = bits_of(copy.deepcopy(model.state_dict()))
+        search(model, labeled_batches(), method=method)
+        assert bits_of(model.state_dict()) == before
+        assert model.training
+
+    def test_a_policy_no_better_than_uniform_is_warned_of(self, tiny_net, labeled_batches):
+        space = SearchSpace(weight_bits=(4,), act_bits=(3,))
+        with pytest.warns(NotBetterThanUniform, match=r"best uniform pair, w4a3, .*: a difference of \+0.0000"):
+            search(tiny_net(), labeled_batches(), space)
 
 
 class TestNotFinite:

@@ -1,0 +1,116 @@
+"""What all sensitivities start from: a float copy of the model, and calibrated candidates for each of its layers."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from asga._batches import Inputs, to_device
+from asga.convert import prepare
+from asga.nn import MixedActQuantizer, MixedWeightQuantizer, QuantizedLayer, calibrate
+from asga.search.space import SearchSpace
+from asga.steps import LossFunction, check_labels, model_logits
+
+Batches = Sequence[tuple[Inputs, Tensor]]
+Quantize = Callable[[Tensor], Tensor]
+
+
+class ProbedLayer(NamedTuple):
+    """A float layer, and what each candidate makes of its weight and of its input; nothing where there is no choice."""
+
+    layer: nn.Conv2d | nn.Linear
+    weight: tuple[Quantize, ...]
+    act: tuple[Quantize, ...]
+
+
+class Probe:
+    """A float copy of a model in eval mode, its parameters frozen, and the candidates of its layers.
+
+    Args:
+        model: The float model; left as it is.
+        space: The candidates.
+        batches: Pairs of inputs and labels, which set the scales of the activations.
+
+    Attributes:
+        model: The copy.
+        layers: By name, in the order of the space, pinned layers included.
+        device: Where the model is.
+    """
+
+    def __init__(self, model: nn.Module, space: SearchSpace, batches: Batches) -> None:
+        mixed = prepare(model, space).eval()
+        calibrate(mixed, batches)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.device = next(self.model.parameters()).device
+        self.layers = {
+            name: ProbedLayer(
+                self.model.get_submodule(name), _candidates(module.weight_quantizer), _candidates(module.act_quantizer)
+            )
+            for name, module in mixed.named_modules()
+            if isinstance(module, QuantizedLayer)
+        }
+
+    def loss(
+        self, inputs: Inputs, labels: Tensor, loss_fn: LossFunction, autocast: torch.dtype | None = None
+    ) -> Tensor:
+        """The mean loss of a batch."""
+        logits = model_logits(self.model, to_device(inputs, self.device), autocast)
+        if loss_fn is functional.cross_entropy:
+            check_labels(labels, logits)
+        return loss_fn(logits, labels.to(self.device))
+
+
+class LossIncrease(NamedTuple):
+    """How much the loss rises when a single tensor of a layer is quantized, by candidate, in the order of its choices.
+
+    A tensor without a choice, pinned or float, has one zero.
+    """
+
+    weight: tuple[float, ...]
+    act: tuple[float, ...]
+
+
+def loss_increases(totals: Mapping[str, tuple[Tensor, Tensor]], count: int) -> dict[str, LossIncrease]:
+    """Sums over `count` samples or batches, per layer and candidate of weight and act, as means."""
+    return {
+        name: LossIncrease(*(tuple((total / count).tolist()) or (0.0,) for total in pair))
+        for name, pair in totals.items()
+    }
+
+
+def zeros(layers: Mapping[str, ProbedLayer]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A zero per layer and candidate of weight and act, float64, on the layer's device."""
+    return {
+        name: tuple(
+            torch.zeros(len(candidates), dtype=torch.float64, device=probed.layer.weight.device)
+            for candidates in (probed.weight, probed.act)
+        )
+        for name, probed in layers.items()
+    }
+
+
+def layer_input(args: tuple, kwargs: dict) -> Tensor:
+    """The input of a `Conv2d` or `Linear`, from the arguments that a hook is given."""
+    return args[0] if args else kwargs["input"]
+
+
+def apply_linear(layer: nn.Conv2d | nn.Linear, input: Tensor, weight: Tensor) -> Tensor:
+    """What the layer makes of another input or weight, without its bias: linear in each of them."""
+    if isinstance(layer, nn.Conv2d):
+        return layer._conv_forward(input, weight, None)
+    return functional.linear(input, weight)
+
+
+def _candidates(quantizer: nn.Module) -> tuple[Quantize, ...]:
+    if not isinstance(quantizer, MixedWeightQuantizer | MixedActQuantizer):
+        return ()
+    return tuple(partial(_quantized, quantizer, index) for index in range(len(quantizer.bits)))
+
+
+@torch.no_grad()
+def _quantized(quantizer: MixedWeightQuantizer | MixedActQuantizer, index: int, input: Tensor) -> Tensor:
+    return quantizer.candidate(input, index)

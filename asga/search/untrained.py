@@ -1,0 +1,69 @@
+"""The methods that do not train: they score candidates once, and the solver does the rest."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from asga._batches import Inputs
+from asga.search.baselines import random_choice
+from asga.search.comparison import Score
+from asga.search.costs import LayerProfile
+from asga.search.hessian import hessian_sensitivity
+from asga.search.result import LogProbabilities
+from asga.search.sensitivity import gradient_sensitivity
+from asga.search.solver import InfeasibleBudgetError
+from asga.search.space import SpaceChoices
+
+if TYPE_CHECKING:
+    from asga.search.searcher import PolicySearcher
+
+
+def score_candidates(
+    options: "PolicySearcher",
+    profiles: Mapping[str, LayerProfile],
+    batches: Sequence[tuple[Inputs, Tensor]],
+    pairs: Mapping[tuple[int, int], Score],
+) -> dict[str, LogProbabilities]:
+    """What takes the place of log-probabilities in a search without training.
+
+    Args:
+        options: The search.
+        profiles: What the layers cost.
+        batches: Pairs of inputs and labels to measure on.
+        pairs: Uniform pairs of bits within the budget and their scores on the proxy.
+
+    Raises:
+        InfeasibleBudgetError: The method is uniform, and no uniform pair is within the budget.
+    """
+    limits = options.budget.limits(profiles, options.choices)
+    if options.method == "random":
+        return _only(options.choices, random_choice(profiles, options.choices, limits))
+    if options.method == "uniform":
+        if not pairs:
+            raise InfeasibleBudgetError("no uniform pair of candidates meets the budget", limits, {})
+        best = min(pairs, key=lambda pair: pairs[pair].loss)
+        return _only(options.choices, options.choices.uniform_choice(*best))
+    if options.method == "hawq":
+        found = hessian_sensitivity(options.model, options.space, batches, loss_fn=options.loss_fn)
+    else:
+        found = gradient_sensitivity(
+            options.model, options.space, batches, loss_fn=options.loss_fn, autocast=options.autocast
+        )
+    return {
+        name: LogProbabilities(*(tuple(-value for value in values) for values in increase))
+        for name, increase in found.items()
+    }
+
+
+def _only(choices: SpaceChoices, chosen: Mapping[str, tuple[int, int]]) -> dict[str, LogProbabilities]:
+    """Scores that make the solver choose this, and for other budgets what differs from it in the fewest choices."""
+    return {
+        name: LogProbabilities(
+            *(
+                tuple(0.0 if index == at else -1.0 for index in range(len(candidates)))
+                for candidates, at in zip((layer.weight_bits, layer.act_bits), chosen[name], strict=True)
+            )
+        )
+        for name, layer in choices.layers.items()
+    }

@@ -1,0 +1,97 @@
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+
+from asga.search.baselines import random_choice, uniform_pairs
+from asga.search.budget import Budget
+from asga.search.costs import LayerProfile, policy_costs
+from asga.search.solver import InfeasibleBudgetError
+from asga.search.space import LayerChoices, SpaceChoices
+
+BITS = (2, 4, 8)
+CHOICES = SpaceChoices(
+    {
+        "stem": LayerChoices((8,), (8,), pinned=True),
+        "one": LayerChoices(BITS, (2, 4)),
+        "two": LayerChoices(BITS, (2, 4, 6)),
+    },
+    {},
+    ("stem", "one", "float", "two"),
+)
+PROFILES = {
+    name: LayerProfile(name, "Conv2d", macs=macs, weight_numel=numel, out_channels=4)
+    for name, macs, numel in (("stem", 900, 100), ("one", 5000, 700), ("float", 10, 10), ("two", 3000, 800))
+}
+
+
+def limits(**amounts: object) -> dict[str, int]:
+    return Budget(**amounts).limits(PROFILES, CHOICES)
+
+
+def feasible(limits: dict[str, int]) -> list[dict[str, tuple[int, int]]]:
+    sides = [product(range(len(c.weight_bits)), range(len(c.act_bits))) for c in CHOICES.layers.values()]
+    policies = [dict(zip(CHOICES.layers, chosen, strict=True)) for chosen in product(*sides)]
+    return [
+        policy
+        for policy in policies
+        if all(getattr(policy_costs(PROFILES, CHOICES.policy(policy)), m) <= limit for m, limit in limits.items())
+    ]
+
+
+class TestRandomChoice:
+    @pytest.mark.parametrize("budget", [{"bitops": "w4a4"}, {"bitops": "w4a4", "size": "w4"}], ids=str)
+    def test_every_policy_within_the_budget_is_equally_likely(self, budget, monkeypatch):
+        monkeypatch.setattr("asga.search.baselines._SWEEPS", 30)  # as good as 200 for two layers
+        torch.manual_seed(0)
+        possible, draws = feasible(limits(**budget)), 800
+        drawn = Counter(tuple(random_choice(PROFILES, CHOICES, limits(**budget)).items()) for _ in range(draws))
+        assert drawn.keys() <= {tuple(policy.items()) for policy in possible}
+        mean = draws / len(possible)
+        chi_square = sum((drawn[tuple(policy.items())] - mean) ** 2 / mean for policy in possible)
+        freedom = len(possible) - 1
+        assert 10 < freedom < 54
+        # Five standard deviations of the statistic.
+        assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+    def test_follows_the_seed(self):
+        def draw(seed: int) -> dict[str, tuple[int, int]]:
+            torch.manual_seed(seed)
+            return random_choice(PROFILES, CHOICES, limits(bitops="w8a8"))
+
+        assert draw(1) == draw(1)
+        assert len({tuple(draw(seed).items()) for seed in range(8)}) > 4
+
+    def test_the_only_policy(self):
+        least = CHOICES.uniform(2, 2)
+        assert CHOICES.policy(random_choice(PROFILES, CHOICES, limits(bitops="w2a2"))) == least
+
+    def test_impossible(self):
+        with pytest.raises(InfeasibleBudgetError):
+            random_choice(PROFILES, CHOICES, {"bitops": 1000})
+
+
+class TestUniformPairs:
+    @pytest.mark.parametrize(
+        ("budget", "pairs"),
+        [
+            ({"bitops": "w4a4"}, [(4, 4), (8, 2)]),
+            ({"bitops": "w4a4", "size": "w4"}, [(4, 4)]),
+            ({"bitops": "w3a3"}, [(2, 4), (4, 2)]),
+            ({"bitops": "w2a2"}, [(2, 2)]),
+            ({"bitops": "w8a8"}, [(8, 4)]),
+        ],
+        ids=str,
+    )
+    def test_fit_and_are_not_dominated(self, budget, pairs):
+        """6 bits for inputs are no candidate of layer `one`."""
+        assert uniform_pairs(PROFILES, CHOICES, limits(**budget)) == pairs
+
+    def test_none_fits(self):
+        assert uniform_pairs(PROFILES, CHOICES, {"bitops": 1000}) == []
+
+    def test_no_bits_in_common(self):
+        layers = {**CHOICES.layers, "two": LayerChoices((3, 5), (2, 4))}
+        choices = SpaceChoices(layers, {}, CHOICES.names)
+        assert uniform_pairs(PROFILES, choices, limits(bitops="w8a8")) == []
