@@ -2,12 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from asga._extras import require
 from asga.report.run import METRIC_NAMES, Epoch, Seeds
-from asga.report.style import FIRST, MUTED, SECOND, new_figure, style
+from asga.report.style import FIRST, LINES, MUTED, SECOND, SURFACE, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,24 +51,37 @@ def training_figure(seeds: Seeds) -> "Figure":
     return figure
 
 
-def cost_figure(seeds: Seeds) -> "Figure":
-    """Expected cost of a search as a share of each limit, and the multipliers that pull it there.
+def cost_figure(seeds: Seeds, shares: Mapping[str, Mapping[str, float]] | None = None) -> "Figure":
+    """Expected cost of a search as a share of each limit, and what moves it: the multipliers and the temperature.
 
     Args:
         seeds: The epochs of each run of a search.
+        shares: What the policy (``"policy"``) and the likeliest candidates (``"most_likely"``) cost, as shares of the
+            limits, by metric.
     """
     metrics = list(dict.fromkeys(m for epochs in seeds.values() for epoch in epochs for m in epoch["expected_cost"]))
+    last = max(epoch["epoch"] for epochs in seeds.values() for epoch in epochs)
     with style():
         figure = new_figure(7.2, 2.4)
-        cost, multiplier = figure.subplots(1, 2)
+        cost, multiplier, temperature = figure.subplots(1, 3)
         cost.axhline(1.0, color=MUTED, linestyle="--", linewidth=1.0, label="budget")
-        for metric, color in zip(metrics, itertools.cycle((FIRST, SECOND)), strict=False):
+        for metric, color in zip(metrics, itertools.cycle(LINES), strict=False):
             label = METRIC_NAMES.get(metric, metric)
             _plot(cost, seeds, lambda epoch, key=metric: epoch["expected_cost"].get(key), color, label)
             _plot(multiplier, seeds, lambda epoch, key=metric: epoch.get("multiplier", {}).get(key), color, label)
+            for key, filled in (("most_likely", False), ("policy", True)):
+                if metric in (shares or {}).get(key, {}):
+                    face = color if filled else SURFACE
+                    cost.plot(last, shares[key][metric], "D", color=color, markerfacecolor=face, clip_on=False)
+        for key, label, filled in (("most_likely", "likeliest candidates", False), ("policy", "policy", True)):
+            if (shares or {}).get(key):
+                face = MUTED if filled else SURFACE
+                cost.plot([], [], "D", color=MUTED, markerfacecolor=face, label=label)
         cost.set_title("expected cost / budget")
         cost.yaxis.set_major_formatter(require("matplotlib.ticker", "report").PercentFormatter(1.0))
         multiplier.set_title("multiplier")
+        temperature.set_title("temperature")
+        _plot(temperature, seeds, lambda epoch: epoch.get("temperature"), MUTED, "_nolegend_")
         _legend(figure, cost)
     return figure
 

@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from asga.report.run import Run
+from asga.report.probabilities import Series, read_series, sparkline
+from asga.report.run import TENSORS, Run
+from asga.report.style import Drawing
 from asga.search.result import TOSS_UP
 
 
@@ -24,12 +26,14 @@ class Choice:
         shown: The same as text.
         candidates: Empty where nothing was searched.
         gap: Difference of the two best log-probabilities; None where there were not two.
+        by_epoch: The probabilities over the epochs; None where there was no choice.
     """
 
     bits: int | None
     shown: str
     candidates: tuple[Candidate, ...]
     gap: float | None
+    by_epoch: Drawing | None
 
     @property
     def toss_up(self) -> bool:
@@ -48,8 +52,11 @@ class LayerRow:
 
 def layer_rows(run: Run) -> list[LayerRow]:
     """All layers of the policy, or, while there is none, all that are searched."""
-    names = run.policy if run.policy is not None else run.probabilities
-    return [LayerRow(name, _choice(run, name, "weight"), _choice(run, name, "act")) for name in names]
+    found = read_series(run)
+    names = run.policy if run.policy is not None else found
+    return [
+        LayerRow(name, *(_choice(run, name, kind, found.get(name, {}).get(kind)) for kind in TENSORS)) for name in names
+    ]
 
 
 def toss_ups(rows: list[LayerRow]) -> tuple[int, int]:
@@ -58,16 +65,18 @@ def toss_ups(rows: list[LayerRow]) -> tuple[int, int]:
     return sum(choice.toss_up for choice in choices), len(choices)
 
 
-def _choice(run: Run, name: str, kind: str) -> Choice:
+def _choice(run: Run, name: str, kind: str, found: Series | None) -> Choice:
     bits, shown = None, ""
     if run.policy is not None:
         bits = getattr(run.policy[name], f"{kind}_bits")
         shown = "float" if bits is None else str(bits)
-    found = run.probabilities.get(name, {})
-    candidates = tuple(map(Candidate, found.get(f"{kind}_bits", ()), found.get(f"{kind}_probs", ())))
+    candidates, by_epoch = (), None
+    if found is not None:
+        candidates = tuple(map(Candidate, found.candidates, found.probabilities[-1].tolist()))
+        by_epoch = sparkline(found, f"{name}, {kind}") if len(candidates) > 1 else None
     gaps = (run.result or {}).get("logit_gaps", {})
     gap = gaps.get(name, {}).get(kind, _gap(candidates))
-    return Choice(bits, shown, candidates, gap)
+    return Choice(bits, shown, candidates, gap, by_epoch)
 
 
 def _gap(candidates: tuple[Candidate, ...]) -> float | None:

@@ -13,7 +13,11 @@ from asga.policy import Policy
 Epoch = dict[str, object]
 # The epochs of each run of a stage, by seed.
 Seeds = dict[str, list[Epoch]]
+# Candidates and their probabilities by layer: ``weight_bits``, ``weight_probs``, ``act_bits``, ``act_probs``.
+Layers = dict[str, dict[str, list]]
 
+# The tensors of a layer, as policies name them and as people do.
+TENSORS = {"weight": "weight", "act": "activation"}
 METRIC_NAMES = {"bitops": "BitOps", "size_bits": "size"}
 
 
@@ -28,7 +32,8 @@ class Run:
         stages: The epochs of ``metrics.jsonl`` by stage and seed: ``"search/seed0"`` is stage ``"search"``,
             seed ``"seed0"``; the seed is ``""`` where the stage names none.
         last_epoch: The epoch that was logged last.
-        probabilities: The candidates and their probabilities by layer, as they were logged last.
+        probabilities: By seed and epoch the probabilities of the stage that logged some last.
+        events: What else was logged, such as a recovery, in order.
         unreadable: Lines of ``metrics.jsonl`` that are not JSON: a killed process leaves its last one cut short.
     """
 
@@ -37,8 +42,19 @@ class Run:
     result: dict[str, object] | None
     stages: dict[str, Seeds]
     last_epoch: Epoch | None
-    probabilities: dict[str, dict[str, list]]
+    probabilities: dict[str, dict[int, Layers]]
+    events: list[dict[str, object]]
     unreadable: int
+
+    @property
+    def command(self) -> str:
+        """What ran: "search", "transfer", ...; "run" where no file tells."""
+        return self.config.get("command") or (self.result or {}).get("command") or "run"
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The options of the command."""
+        return self.config.get("options", {})
 
 
 def read_run(folder: str | os.PathLike) -> Run:
@@ -54,19 +70,28 @@ def read_run(folder: str | os.PathLike) -> Run:
     if not present:
         raise FileNotFoundError(f"{folder} holds no run: none of {', '.join(names)} is there")
     records, unreadable = _read_lines(folder / "metrics.jsonl") if "metrics.jsonl" in present else ([], 0)
-    epochs = [record for record in records if record["event"] == "epoch"]
-    probabilities = [record["layers"] for record in records if record["event"] == "probabilities"]
     stages: dict[str, Seeds] = {}
-    for epoch in epochs:
-        stage, seed = _stage_and_seed(epoch["stage"])
-        stages.setdefault(stage, {}).setdefault(seed, []).append(epoch)
+    found: dict[str, dict[str, dict[int, Layers]]] = {}
+    events: list[dict[str, object]] = []
+    last_epoch = None
+    for record in records:
+        if record["event"] == "epoch":
+            stage, seed = _stage_and_seed(record["stage"])
+            stages.setdefault(stage, {}).setdefault(seed, []).append(record)
+            last_epoch = record
+        elif record["event"] == "probabilities":
+            stage, seed = _stage_and_seed(record["stage"])
+            found.setdefault(stage, {}).setdefault(seed, {})[record["epoch"]] = record["layers"]
+        else:
+            events.append(record)
     return Run(
         config=read_json(folder / "config.json") if "config.json" in present else {},
         policy=Policy.load(folder / "policy.json") if "policy.json" in present else None,
         result=read_json(folder / "result.json") if "result.json" in present else None,
         stages=stages,
-        last_epoch=epochs[-1] if epochs else None,
-        probabilities=probabilities[-1] if probabilities else {},
+        last_epoch=last_epoch,
+        probabilities=list(found.values())[-1] if found else {},
+        events=events,
         unreadable=unreadable,
     )
 

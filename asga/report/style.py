@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from asga._extras import require
@@ -11,8 +12,9 @@ from asga._extras import require
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# By CSS variable: in light mode and PNG files, and in dark mode. Blue and vermilion are of the palette of Okabe and Ito
-# (Wong, "Points of view: Color blindness", Nature Methods 2011); in dark mode its sky blue and orange stand out better.
+# By CSS variable: in light mode and PNG files, and in dark mode. Blue, vermilion and green are of the palette of Okabe
+# and Ito (Wong, "Points of view: Color blindness", Nature Methods 2011), the fourth is its purple, darker; in dark mode
+# its sky blue and orange stand out better, and paler green and purple.
 COLORS = {
     "surface": ("#ffffff", "#16191d"),
     "ink": ("#1c2126", "#e4e7ea"),
@@ -20,8 +22,13 @@ COLORS = {
     "line": ("#d5dae0", "#363c44"),
     "first": ("#0072b2", "#56b4e9"),
     "second": ("#d55e00", "#e69f00"),
+    "third": ("#009e73", "#35d0a3"),
+    "fourth": ("#a8478a", "#e3a0cc"),
 }
-SURFACE, INK, MUTED, LINE, FIRST, SECOND = (light for light, _ in COLORS.values())
+SURFACE, INK, MUTED, LINE, FIRST, SECOND, THIRD, FOURTH = (light for light, _ in COLORS.values())
+LINES = (FIRST, SECOND, THIRD, FOURTH)
+# For what has an order, such as the candidates of a tensor: from pale to the first color, light and dark.
+SHADES = 8
 
 _SETTINGS = {
     "font.family": "sans-serif",
@@ -51,6 +58,30 @@ _SETTINGS = {
     "lines.markersize": 4.0,
     "legend.frameon": False,
 }
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An SVG element and what it shows, for those who do not see it."""
+
+    svg: str
+    description: str
+
+
+def css_variables(mode: int) -> str:
+    """All colors as declarations of CSS variables, those of `SHADES` named ``shade0`` to ``shade7``.
+
+    Args:
+        mode: 0 for light, 1 for dark.
+    """
+    variables = {name: pair[mode] for name, pair in COLORS.items()}
+    pale, full = _rgb(COLORS["surface"][mode]), _rgb(COLORS["first"][mode])
+    for i in range(SHADES):
+        # The palest is still told from the surface.
+        share = 0.12 + 0.88 * i / (SHADES - 1)
+        mixed = (round(a + share * (b - a)) for a, b in zip(pale, full, strict=True))
+        variables[f"shade{i}"] = "#" + "".join(f"{value:02x}" for value in mixed)
+    return " ".join(f"--{name}: {color};" for name, color in variables.items())
 
 
 @contextmanager
@@ -87,3 +118,7 @@ def to_svg(figure: "Figure", name: str) -> str:
     # Only ids that something refers to: the others are the same in every figure and would clash on one page.
     used = set(re.findall(r"#([\w-]+)", svg))
     return re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", svg)
+
+
+def _rgb(color: str) -> tuple[int, int, int]:
+    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)

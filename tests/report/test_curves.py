@@ -63,11 +63,23 @@ def test_expected_costs_stand_against_the_budget():
     )
     figure = cost_figure({"": epochs})
     budget, bitops, size = figure.axes[0].get_lines()
+    assert [axes.get_title("left") for axes in figure.axes] == ["expected cost / budget", "multiplier", "temperature"]
     assert list(budget.get_ydata()) == [1.0, 1.0]
     assert _points(bitops) == [(1, 1.2), (2, 1.0)]
     assert _points(size) == [(1, 0.9), (2, 0.8)]
     assert _points(figure.axes[1].get_lines()[0]) == [(1, 0.1), (2, 0.2)]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["budget", "BitOps", "size"]
+
+
+def test_policy_and_likeliest_candidates_stand_at_the_end():
+    epochs = _epochs(expected_cost=[{"bitops": 1.2}, {"bitops": 1.0}], temperature=[1.0, 0.2])
+    figure = cost_figure({"": epochs}, {"most_likely": {"bitops": 1.07}, "policy": {"bitops": 0.99}})
+    likely, policy = figure.axes[0].get_lines()[2:4]
+    assert (_points(likely), _points(policy)) == ([(2, 1.07)], [(2, 0.99)])
+    assert likely.get_markerfacecolor() != policy.get_markerfacecolor()
+    assert _points(figure.axes[2].get_lines()[0]) == [(1, 1.0), (2, 0.2)]
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["budget", "BitOps", "likeliest candidates", "policy"]
 
 
 def test_diagnostics_need_not_be_complete():

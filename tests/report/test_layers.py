@@ -46,6 +46,6 @@ def test_without_a_policy_the_searched_layers_are_shown(run_folder):
 def test_a_probability_that_underflowed_is_an_infinite_gap(run_folder):
     run = read_run(run_folder)
     found = {"layer1.0.conv1": {"weight_bits": [2, 4], "weight_probs": [1.0, 0.0], "act_bits": [4], "act_probs": [1.0]}}
-    row = layer_rows(replace(run, probabilities=found))[1]
+    row = layer_rows(replace(run, probabilities={"": {1: found}}))[1]
     assert row.weight.gap == math.inf
     assert row.act.gap is None

@@ -89,6 +89,72 @@ def test_toss_ups_are_marked_and_explained(complete):
     assert text.count("0.02 toss-up") == 1
 
 
+def test_probabilities_over_time_are_drawn_and_described(complete):
+    page = complete[0].read_text()
+    assert page.count('class="sparkline"') == 2
+    assert 'aria-label="layer1.0.conv1, weight: 2 bits 45% to 45%, 4 bits 44% to 44%, 8 bits 11% to 11%"' in page
+    assert 'aria-label="2 bits: 45.0 %, 4 bits: 44.0 %, 8 bits: 11.0 %"' in page
+
+
+AGREEMENT = {
+    "names": ["seed0", "seed1"],
+    "choices": 3,
+    "unanimous": 1,
+    "equal": 1 / 3,
+    "chance": 0.5,
+    "p_value": 0.81,
+    "pairs": [{"first": "seed0", "second": "seed1", "equal": 1 / 3, "chance": 0.5, "p_value": 0.81}],
+    "bits": {"layer1.0.conv1": {"weight": [2, 3], "act": [4, 4]}, "fc": {"weight": [8, None]}},
+}
+
+
+class TestAgreement:
+    """Of the seeds of a search."""
+
+    @pytest.fixture
+    def text(self, run_folder, result):
+        def page(**changes) -> str:
+            found = {**result, "agreement": {**AGREEMENT, **changes}}
+            (run_folder / "metrics.jsonl").unlink(missing_ok=True)  # fewer figures to draw
+            (run_folder / "result.json").write_text(json.dumps(found))
+            return _page(run_folder).text
+
+        return page
+
+    def test_is_told_with_the_choices_on_which_they_differ(self, text):
+        shown = text()
+        assert "the same bits in 33.3 % of the 3 choices; chance would give 50.0 % (p = 0.81). All 2 agree" in shown
+        assert "layer1.0.conv1 weight 2 3 2" in shown  # seed0, seed1, policy
+        assert "fc weight 8 float float" in shown
+        assert "layer1.0.conv1 activation" not in shown
+
+    def test_no_better_than_chance_is_said(self, text):
+        assert "That is not more than chance" in text()
+        assert "That is not more than chance" not in text(p_value=0.001)
+
+    def test_of_more_than_two_seeds_has_all_pairs(self, text):
+        pairs = [{**AGREEMENT["pairs"][0], "second": f"seed{i}"} for i in (1, 2)]
+        assert "seed0, seed2 33.3 % 50.0 % 0.81" in text(names=["seed0", "seed1", "seed2"], pairs=pairs)
+
+
+def test_events_are_listed_and_recoveries_warned_of(tmp_path):
+    where = {"stage": "search/seed0", "epoch": 2}
+    events = [
+        {"event": "skipped", **where, "step": 3, "reason": "the loss is nan"},
+        {"event": "skipped", **where, "step": 4, "reason": "the loss is inf"},
+        {"event": "recovery", **where, "step": 5, "what": "back to epoch 1, step 9; rho_max 0.5 -> 0.25"},
+        {"event": "skipped", "stage": "float", "epoch": 1, "step": 1, "reason": "the loss is nan"},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    page = _page(tmp_path)
+    assert page.headings == ["Events"]
+    assert "search/seed0: training went back to an earlier step 1 time, see Events below." in page.text
+    assert "search/seed0, epoch 2, step 5: back to epoch 1, step 9; rho_max 0.5 -> 0.25" in page.text
+    assert "search/seed0, epoch 2, step 3: the loss is nan. Steps of search/seed0 that were left out: 2" in page.text
+    assert "step 4" not in page.text
+    assert "float, epoch 1, step 1: the loss is nan. Steps of float that were left out: 1" in page.text
+
+
 @pytest.mark.parametrize(
     ("files", "headings"),
     [
@@ -169,7 +235,7 @@ def test_references_within_figures_are_unique_on_the_page(complete):
 
 
 def test_colors_of_figures_follow_the_mode(complete):
-    figures = re.findall(r"<svg.*?</svg>", complete[0].read_text(), re.DOTALL)
+    figures = re.findall(r"<figure.*?</figure>", complete[0].read_text(), re.DOTALL)
     assert len(figures) == 7  # policy, cost, three stages, diagnostics of two
     for figure in figures:
         assert "var(--ink)" in figure

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from asga.report.run import read_run
@@ -13,6 +15,23 @@ def test_epochs_are_grouped_by_stage_and_seed(run_folder):
     assert [epoch["epoch"] for epoch in run.stages["search"][""]] == [1, 2]
     assert run.last_epoch["stage"] == "searched/seed1"
     assert run.unreadable == 0
+
+
+def test_probabilities_are_those_of_the_last_stage_that_has_some(tmp_path):
+    lines = [
+        {"event": "probabilities", "stage": stage, "epoch": epoch, "layers": {"conv": {"epoch": epoch}}}
+        for stage, epoch in (("warm-up", 1), ("search/seed0", 1), ("search/seed0", 2), ("search/seed1", 1))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_run(tmp_path).probabilities
+    assert {seed: list(epochs) for seed, epochs in found.items()} == {"seed0": [1, 2], "seed1": [1]}
+    assert found["seed0"][2] == {"conv": {"epoch": 2}}
+
+
+def test_other_events_are_kept_in_order(tmp_path):
+    lines = [{"event": event, "stage": "search", "epoch": 1} for event in ("skipped", "epoch", "recovery")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [event["event"] for event in read_run(tmp_path).events] == ["skipped", "recovery"]
 
 
 def test_a_stage_of_many_parts_keeps_its_name(tmp_path):
@@ -34,7 +53,8 @@ def test_the_last_line_of_a_killed_run_is_passed_over(run_folder):
 def test_missing_files_leave_their_part_empty(tmp_path):
     (tmp_path / "config.json").write_text('{"command": "search"}')
     run = read_run(tmp_path)
-    assert (run.policy, run.result, run.stages, run.last_epoch, run.probabilities) == (None, None, {}, None, {})
+    assert (run.policy, run.result, run.stages, run.last_epoch) == (None, None, {}, None)
+    assert (run.probabilities, run.events) == ({}, [])
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
