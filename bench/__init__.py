@@ -1,7 +1,8 @@
-"""Benchmarks of the operators, against every other implementation of the same work that is installed.
+"""Benchmarks of operators, optimizer steps and search steps, against every other implementation that is installed.
 
     asga bench --quick
     asga bench --only "core/*/float32" --json bench/results/cpu.json --png bench/results/cpu.png
+    asga bench --only "search/*"
 
 The same cases one by one, with pytest-benchmark (`pip install "asga[bench]"`), from a clone of the repository::
 

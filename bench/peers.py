@@ -171,10 +171,14 @@ def _lsq(inputs: Inputs) -> Quantizer:
     shape = _channel_shape(inputs)
 
     def quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        scale = scale.reshape(shape)
-        return (_RoundStraightThrough.apply(torch.clamp(x.float() / scale, low, high)) * scale).to(x.dtype)
+        return lsq(x.float(), scale.reshape(shape), low, high).to(x.dtype)
 
     return quantize
+
+
+def lsq(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """One quantizer in plain torch; `scale` broadcasts against `x`."""
+    return _RoundStraightThrough.apply(torch.clamp(x / scale, low, high)) * scale
 
 
 class _RoundStraightThrough(torch.autograd.Function):

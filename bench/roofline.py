@@ -14,12 +14,13 @@ def write_png(path: str | os.PathLike, results: Sequence[Result]) -> None:
 
     Args:
         path: Of the PNG file.
-        results: At least one.
+        results: At least one with a `traffic`; others are left out.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: There is no result.
+        ValueError: There is no such result.
     """
+    results = [result for result in results if result.traffic is not None]
     if not results:
         raise ValueError("there are no results to draw")
     panels: dict[str, list[Result]] = {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from asga.bench.measure import (
     wall_time,
 )
 from asga.bench.peers import Contestant, build_all
+from asga.bench.searches import SearchCase, build_searches, select_searches
 from asga.bench.shapes import PASSES, Case, select
 from asga.bench.steps import PASSES as STEP_PASSES
 from asga.bench.steps import StepCase, build_steppers, select_steps
@@ -39,7 +40,8 @@ class Config:
     """What to run, and for how long.
 
     Attributes:
-        only: Patterns for the names of cases; see `asga.bench.shapes.select` and `asga.bench.steps.select_steps`.
+        only: Patterns for the names of cases; see `select` of `asga.bench.shapes`, `select_steps` of `asga.bench.steps`
+            and `select_searches` of `asga.bench.searches`.
         device: "cpu" or "cuda".
         batch_size: Of activations.
         rounds: Samples of each implementation, at most.
@@ -83,7 +85,8 @@ class Timing:
 
     Attributes:
         name: Of the implementation.
-        is_peer: False for asga, and for the copy and the empty kernel, which are what it is measured by.
+        is_peer: False for asga, and for the copy, the empty kernel and the step with fixed bits, which are what it is
+            measured by.
         less_work: What it leaves out compared with asga, or None.
         rounds: Samples taken; only three of what is out of the race, see `measure.interleaved`.
         seconds: Of one call.
@@ -91,6 +94,7 @@ class Timing:
         page_faults: Of one call; None on a GPU.
         peak_forward_bytes: Extra memory at the worst moment of forward; includes the output. None for the copy.
         peak_backward_bytes: The same of backward; includes the gradients.
+        peak_step_bytes: The same of a whole step of a search; None otherwise.
     """
 
     name: str
@@ -102,6 +106,7 @@ class Timing:
     page_faults: int | None
     peak_forward_bytes: int | None
     peak_backward_bytes: int | None
+    peak_step_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,12 @@ class Result:
 
     Attributes:
         case: Name of the case.
-        nbytes: Of its tensor.
+        nbytes: Of its tensor, of all parameters of a step, of all tensors that one pass of a search quantizes.
         condition: "fresh" (outputs are on new pages, as glibc does with large blocks), "steady" (memory is
             already mapped), "system" (an allocator that is not glibc's, as it is); on a GPU "device" (its own clock,
             cold cache) or "calls" (host's clock, one call after the other).
         passes: "forward" or "forward+backward"; of a step one of `asga.bench.steps.PASSES`.
-        traffic: Bytes that must be moved; see `Case.traffic` and `StepCase.traffic`.
+        traffic: Bytes that must be moved; see `Case.traffic` and `StepCase.traffic`. None for a search, which computes.
         timings: By name: "asga", its backends, the peers, "copy", on a GPU "empty kernel".
         left_out: Peers that did not run, with the reason.
     """
@@ -124,7 +129,7 @@ class Result:
     nbytes: int
     condition: str
     passes: str
-    traffic: int
+    traffic: int | None
     timings: dict[str, Timing]
     left_out: dict[str, str]
 
@@ -133,9 +138,9 @@ class Result:
         """Bytes per second that ``Tensor.copy_`` moves for a tensor of this size, read and written."""
         return 2 * self.nbytes / self.timings["copy"].seconds[1]
 
-    def bandwidth(self, name: str) -> float:
-        """Bytes per second of an implementation, counting only what must be moved."""
-        return self.traffic / self.timings[name].seconds[1]
+    def bandwidth(self, name: str) -> float | None:
+        """Bytes per second of an implementation, counting only what must be moved; None without `traffic`."""
+        return None if self.traffic is None else self.traffic / self.timings[name].seconds[1]
 
     @property
     def best_peer(self) -> Timing | None:
@@ -155,18 +160,19 @@ class Result:
         return {**asdict(self), **derived}
 
 
+AnyCase = Case | StepCase | SearchCase
 _YARDSTICKS = ("copy", "empty kernel")
 
 
-def plan(config: Config) -> list[tuple[Case | StepCase, str]]:
+def plan(config: Config) -> list[tuple[AnyCase, str]]:
     """The cases of a run, each with a condition, in order."""
-    steps = select_steps(config.only, config.device)
+    steps = [*select_steps(config.only, config.device), *select_searches(config.only, config.device)]
     if not steps:
         return _plan_quantizers(config)
     on_cpu = "steady" if is_glibc() else "system"
     condition = "calls" if torch.device(config.device).type == "cuda" else on_cpu
     planned = [(case, condition) for case in steps]
-    only_steps = all(pattern.startswith("step/") for pattern in config.only)
+    only_steps = all(pattern.startswith(("step/", "search/")) for pattern in config.only)
     return planned if only_steps else _plan_quantizers(config) + planned
 
 
@@ -208,7 +214,7 @@ def run(config: Config, progress: Callable[[str], None] = lambda line: None) -> 
             return_freed_memory()
         elif condition == "steady":
             keep_freed_memory()
-        yield from (_run_steps if isinstance(case, StepCase) else _run_case)(case, condition, config)
+        yield from (_run_case if isinstance(case, Case) else _run_steps)(case, condition, config)
 
 
 def report(config: Config, results: Sequence[Result]) -> dict[str, object]:
@@ -228,50 +234,50 @@ def _run_case(case: Case, condition: str, config: Config) -> Iterator[Result]:
     peaks = {contestant.name: _peaks(contestant) for contestant in found}
     for passes in config.passes:
         runs = [_Run.of(contestant, passes) for contestant in found] + _yardsticks(inputs)
-        samplers = {run.name: run.sampler(condition, config.sample_seconds, inputs.x.device) for run in runs}
-        samples = interleaved(samplers, config.rounds, config.case_seconds, baseline="asga")
-        timings = {}
-        for run in runs:
-            ratios = [own / ours for own, ours in zip(samples[run.name], samples["asga"], strict=False)]
-            forward_bytes, backward_bytes = peaks.get(run.name, (None, None))
-            timings[run.name] = Timing(
-                name=run.name,
-                is_peer=run.is_peer,
-                less_work=run.less_work,
-                rounds=len(samples[run.name]),
-                seconds=quartiles(samples[run.name]),
-                speedup=quartiles(ratios),
-                page_faults=None if inputs.x.is_cuda else page_faults(run.call),
-                peak_forward_bytes=forward_bytes,
-                peak_backward_bytes=backward_bytes,
-            )
+        timings = _time(runs, condition, config)
+        for name, (forward_bytes, backward_bytes) in peaks.items():
+            timings[name] = replace(timings[name], peak_forward_bytes=forward_bytes, peak_backward_bytes=backward_bytes)
         yield Result(case.name, case.nbytes, condition, passes, case.traffic(passes), timings, left_out)
 
 
-def _run_steps(case: StepCase, condition: str, config: Config) -> Iterator[Result]:
+def _run_steps(case: StepCase | SearchCase, condition: str, config: Config) -> Iterator[Result]:
+    """Steps of an optimizer, or of a search."""
     device = torch.device(config.device)
-    found, left_out = build_steppers(case, config.device, compiled=config.compiled)
+    search = isinstance(case, SearchCase)
+    found, left_out = (build_searches if search else build_steppers)(case, config.device, compiled=config.compiled)
     source = torch.ones(case.nbytes // case.dtype.itemsize, dtype=case.dtype, device=device)
     copy = _Run("copy", partial(torch.empty_like(source).copy_, source))
-    for passes in STEP_PASSES:
+    for passes in ("step",) if search else STEP_PASSES:
         runs = [_Run(s.name, s.run[passes], s.is_peer) for s in found if passes in s.run] + [copy]
-        samplers = {run.name: run.sampler(condition, config.sample_seconds, device) for run in runs}
-        samples = interleaved(samplers, config.rounds, config.case_seconds, baseline="asga")
-        timings = {}
-        for run in runs:
-            ratios = [own / ours for own, ours in zip(samples[run.name], samples["asga"], strict=False)]
-            timings[run.name] = Timing(
-                name=run.name,
-                is_peer=run.is_peer,
-                less_work=None,
-                rounds=len(samples[run.name]),
-                seconds=quartiles(samples[run.name]),
-                speedup=quartiles(ratios),
-                page_faults=None if device.type == "cuda" else page_faults(run.call),
-                peak_forward_bytes=None,
-                peak_backward_bytes=None,
-            )
-        yield Result(case.name, case.nbytes, condition, passes, case.traffic(passes), timings, left_out)
+        timings = _time(runs, condition, config)
+        if search:
+            for run in runs[:-1]:
+                peak, _ = peak_memory(run.call, lambda output: None, device)
+                timings[run.name] = replace(timings[run.name], peak_step_bytes=peak)
+        traffic = None if search else case.traffic(passes)
+        yield Result(case.name, case.nbytes, condition, passes, traffic, timings, left_out)
+
+
+def _time(runs: "Sequence[_Run]", condition: str, config: Config) -> dict[str, Timing]:
+    """Interleaved rounds of all, without their memory."""
+    device = torch.device(config.device)
+    samplers = {run.name: run.sampler(condition, config.sample_seconds, device) for run in runs}
+    samples = interleaved(samplers, config.rounds, config.case_seconds, baseline="asga")
+    timings = {}
+    for run in runs:
+        ratios = [own / ours for own, ours in zip(samples[run.name], samples["asga"], strict=False)]
+        timings[run.name] = Timing(
+            name=run.name,
+            is_peer=run.is_peer,
+            less_work=run.less_work,
+            rounds=len(samples[run.name]),
+            seconds=quartiles(samples[run.name]),
+            speedup=quartiles(ratios),
+            page_faults=None if device.type == "cuda" else page_faults(run.call),
+            peak_forward_bytes=None,
+            peak_backward_bytes=None,
+        )
+    return timings
 
 
 @dataclass(frozen=True)
@@ -316,7 +322,7 @@ def _peaks(contestant: Contestant) -> tuple[int, int]:
         return peak_memory(contestant.forward, contestant.backward, contestant.grad.device)
 
 
-def _memory_needed(case: Case | StepCase) -> int:
+def _memory_needed(case: AnyCase) -> int:
     """Bytes of the hungriest peer, about: eager LSQ keeps four float32 tensors per candidate for backward.
 
     Of steps, every implementation has six lists of tensors, and makes some more on the way.

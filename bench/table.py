@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from asga.bench.runner import Result, Timing
+from asga.bench.searches import FIXED_BITS
 
 # Below this share of the copy bandwidth at least half of the time goes into something else than moving bytes.
 _MOSTLY_NOT_MEMORY = 0.5
@@ -60,6 +61,9 @@ def _rows(result: Result) -> list[tuple[str, ...]]:
         if not timing.name.startswith("asga"):
             continue
         bandwidth = result.bandwidth(timing.name)
+        rates = (
+            ("", "") if bandwidth is None else (f"{bandwidth / 1e9:.1f}", f"{bandwidth / result.copy_bandwidth:.0%}")
+        )
         if best is None:
             versus, ratio = "none", ""
         elif timing.name == "asga":
@@ -75,8 +79,7 @@ def _rows(result: Result) -> list[tuple[str, ...]]:
                 result.passes,
                 timing.name,
                 _duration(timing.seconds[1]),
-                f"{bandwidth / 1e9:.1f}",
-                f"{bandwidth / result.copy_bandwidth:.0%}",
+                *rates,
                 versus,
                 ratio,
                 _extra_memory(timing, result),
@@ -86,7 +89,13 @@ def _rows(result: Result) -> list[tuple[str, ...]]:
 
 
 def _extra_memory(timing: Timing, result: Result) -> str:
-    """Forward and backward, in sizes of the tensor: 1.00 is the output, or the gradient of the input, alone."""
+    """Forward and backward, in sizes of the tensor: 1.00 is the output, or the gradient of the input, alone.
+
+    Of the step of a search in all, and beside it the share of what the step needs with fixed bits.
+    """
+    if timing.peak_step_bytes is not None:
+        fixed = result.timings[FIXED_BITS].peak_step_bytes
+        return f"{timing.peak_step_bytes / result.nbytes:.2f} ({timing.peak_step_bytes / fixed:.2f} of {FIXED_BITS})"
     if timing.peak_forward_bytes is None or timing.peak_backward_bytes is None:
         return ""
     return f"{timing.peak_forward_bytes / result.nbytes:.2f} + {timing.peak_backward_bytes / result.nbytes:.2f}"
@@ -101,6 +110,9 @@ def _reason(result: Result, peer: Timing) -> str:
     if ours.page_faults is not None and ours.page_faults * _PAGE >= result.nbytes:
         theirs = "as many" if peer.page_faults == ours.page_faults else str(peer.page_faults)
         return f"new pages take the time, {ours.page_faults} page faults a call (the peer: {theirs})"
+    if result.traffic is None:
+        share = result.timings[FIXED_BITS].seconds[1] / ours.seconds[1]
+        return f"what is not quantization, which the peer compiles too: {FIXED_BITS} take {share:.0%} of asga's time"
     share = result.bandwidth("asga") / result.copy_bandwidth
     if share >= _MOSTLY_NOT_MEMORY:
         return f"both are bound by memory; asga is at {share:.0%} of the copy bandwidth"

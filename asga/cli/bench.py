@@ -1,4 +1,4 @@
-"""``asga bench``: the operators against every other implementation of the same work that is installed."""
+"""``asga bench``: operators and steps against every other implementation of the same work that is installed."""
 
 import argparse
 from dataclasses import replace
@@ -9,14 +9,17 @@ import torch
 from asga._extras import require
 from asga._files import write_json
 
-HELP = "measure the operators against other implementations"
+HELP = "measure operators and steps against other implementations"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.add_argument("--quick", action="store_true", help="few cases and rounds, under three minutes on two cores")
     parser.add_argument(
-        "--only", nargs="+", metavar="PATTERN", help="cases by name, such as 'core/*' (the default) or '*/k5/bfloat16'"
+        "--only",
+        nargs="+",
+        metavar="PATTERN",
+        help="cases by name, such as 'core/*' (the default), '*/k5/bfloat16', 'step/*' or 'search/*'",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and run nothing")
     parser.add_argument("--json", metavar="FILE", help="write all results and the facts of the machine")
@@ -41,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
     from asga.bench.roofline import write_png
     from asga.bench.runner import Config, plan, report
     from asga.bench.runner import run as measure
+    from asga.bench.searches import SearchCase
     from asga.bench.table import render
 
     config = Config.quick(options.device) if options.quick else Config(device=options.device)
@@ -60,6 +64,8 @@ def run(options: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{path} cannot be written: there is no folder {Path(path).parent}")
     if options.png:
         require("matplotlib", "report")
+        if all(isinstance(case, SearchCase) for case, _ in plan(config)):
+            raise ValueError(f"--png is {options.png}: it draws bandwidths, and searches have none")
 
     results = []
     try:

@@ -58,8 +58,9 @@ def test_lists_names(capsys):
         (["--only", "nothing"], "no case matches 'nothing'"),
         (["--rounds", "0"], "rounds is 0; it must be positive"),
         (["--json", "no/such/folder/out.json"], "there is no folder no/such/folder"),
+        (["--only", "search/*", "--png", "out.png"], "--png is out.png: it draws bandwidths, and searches have none"),
     ],
-    ids=["pattern", "rounds", "folder"],
+    ids=["pattern", "rounds", "folder", "no bandwidth"],
 )
 def test_bad_options(capsys, arguments, message):
     assert main(["bench", "--device", "cpu", *arguments]) == 1
