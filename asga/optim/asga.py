@@ -207,7 +207,7 @@ class ASGA(Optimizer):
         lr = self.param_groups[0].get("lr", 1.0)
         self._radius = Radius(rho_min, rho_max, rule=radius, device=device, lr=lr)
         unknown = torch.full((), math.nan, dtype=torch.float64, device=device)
-        self._last = _LastStep(unknown, unknown, unknown, unknown, unknown.expand(4), unknown)
+        self._last = _LastStep(unknown, unknown, unknown, unknown, unknown.expand(4), unknown, unknown)
         self._witness = Witness(device)
         self._quantized = None
         if perturb == "quantized":
@@ -219,6 +219,16 @@ class ASGA(Optimizer):
     def rho(self) -> Tensor:
         """The radius of the next step: 0-dim float64 on the device, not to be written to."""
         return self._radius.rho
+
+    @property
+    def rho_max(self) -> float:
+        """The largest radius; the radius itself when it is constant."""
+        return self._radius.rho_max
+
+    @property
+    def last_skipped(self) -> Tensor:
+        """Whether the last step was left out, because a gradient or loss was not finite: 0-dim bool on the device."""
+        return self._last.valid == 0
 
     @property
     def reason_not_fused(self) -> str | None:
@@ -349,7 +359,8 @@ class ASGA(Optimizer):
             raise
         self._finish()
         valid = coefficients[2] != 0
-        self._last = _LastStep(coefficients[3], pending.rho, pending.q0, pending.step, dots, pending.scaling.factor)
+        factor = pending.scaling.factor
+        self._last = _LastStep(coefficients[3], pending.rho, pending.q0, pending.step, dots, factor, coefficients[2])
         if pending.statistics_before is not None:
             restore_running_statistics(self.model, pending.statistics_before, unless=valid)
         if pending.scaling.scale is not None:
@@ -381,6 +392,21 @@ class ASGA(Optimizer):
         if self._quantized is not None:
             self._quantized.clear()
 
+    def scale_radius(self, factor: float) -> None:
+        """Multiply the radius and `rho_max`, and `rho_min` where it would lie above, for when steps go too far.
+
+        The bounds are no part of `state_dict`: whoever scales them does so again after building the optimizer anew. A
+        step captured in a CUDA graph keeps the bounds of its capture.
+
+        Raises:
+            ValueError: `factor` is not positive and finite.
+            RuntimeError: Called between `first_step` and `second_step`.
+        """
+        self._refuse_between_passes("scale_radius()")
+        if not 0 < factor < math.inf:
+            raise ValueError(f"factor is {factor}; it must be positive and finite")
+        self._radius.scale(factor)
+
     def diagnostics(self) -> dict[str, float]:
         """What the last step saw. Reading it synchronizes with the device; not reading it costs nothing.
 
@@ -394,7 +420,7 @@ class ASGA(Optimizer):
             `share_at_rho_min` and `share_at_rho_max` of the updates of the radius (0 when constant), and the counts
             `steps` and `skipped`.
         """
-        h, rho, q0, step, dots, scale = self._last
+        h, rho, q0, step, dots, scale, _ = self._last
         g0_g0, g0_g1, g1_g1, ascent = dots.unbind()
         norm_g0, norm_g1 = g0_g0.sqrt() / scale, g1_g1.sqrt() / scale
         count = self._radius.count
@@ -609,7 +635,7 @@ class _Pending(NamedTuple):
 
 
 class _LastStep(NamedTuple):
-    """Scalars of the last step, on the device, for `diagnostics`; q0, step and dots with the factor of a scaler."""
+    """Scalars of the last step, on the device; q0, step and dots with the factor of a scaler, valid 0 if left out."""
 
     h: Tensor
     rho: Tensor
@@ -617,6 +643,7 @@ class _LastStep(NamedTuple):
     step: Tensor
     dots: Tensor
     scale: Tensor
+    valid: Tensor
 
 
 def _call(closure: Callable[[], Tensor | float]) -> Tensor | float:

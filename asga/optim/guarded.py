@@ -16,7 +16,12 @@ class GuardedSGD(torch.optim.SGD):
         params: As for `torch.optim.SGD`.
         model: A module whose normalization layers get their running statistics back when a step is left out.
         **options: Those of `torch.optim.SGD`.
+
+    Attributes:
+        last_skipped: Whether the last step was left out.
     """
+
+    last_skipped = False
 
     def __init__(self, params: ParamsT, *, model: nn.Module, **options: object) -> None:
         super().__init__(params, **options)
@@ -35,8 +40,10 @@ class GuardedSGD(torch.optim.SGD):
         with torch.enable_grad():
             loss = closure()
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if torch.isfinite(loss.detach() + torch.nn.utils.get_total_norm(gradients)):
-            super().step()
-        else:
+        finite = torch.isfinite(loss.detach() + torch.nn.utils.get_total_norm(gradients))
+        self.last_skipped = not finite
+        if self.last_skipped:
             restore_running_statistics(self._model, statistics)
+        else:
+            super().step()
         return loss

@@ -73,6 +73,12 @@ class Radius:
         share = lr / start if lr.device == start.device else lr.to(self.rho.device) / start.to(self.rho.device)
         self.rho.copy_((self.rho_max * share).clamp(self.rho_min, self.rho_max), non_blocking=True)
 
+    def scale(self, factor: float) -> None:
+        """Multiply the radius and its upper bound; the lower bound follows where it would be above that."""
+        self.rho_max *= factor
+        self.rho_min = min(self.rho_min, self.rho_max)
+        self.rho.mul_(factor)
+
     def count(self, name: str) -> Tensor:
         """One of the counters, 0-dim; not a copy."""
         return self.counts[COUNTS.index(name)]

@@ -420,6 +420,56 @@ class TestGroupsAndSchedulers:
         optimizer.step(problem.closure(optimizer))
 
 
+class TestLastSkipped:
+    @pytest.mark.parametrize("fused", [None, False])
+    @pytest.mark.parametrize("number", [1, 2], ids=lambda number: f"pass {number}")
+    def test_follows_the_steps(self, problem, fused, number):
+        optimizer = ASGA(problem.params, lr=0.1, fused=fused)
+        assert not optimizer.last_skipped
+        passes = []
+
+        def closure(factor):
+            optimizer.zero_grad()
+            passes.append(1)
+            loss = problem.loss() * (factor if len(passes) % 2 == number % 2 else 1.0)
+            loss.backward()
+            return loss
+
+        for factor, skipped in ((1.0, False), (math.nan, True), (1.0, False)):
+            optimizer.step(lambda factor=factor: closure(factor))
+            assert optimizer.last_skipped.item() is skipped
+
+
+class TestScaleRadius:
+    def test_steps_perturb_by_less(self, problem):
+        optimizer = ASGA(problem.params, lr=0.1, radius="constant", rho_max=0.4)
+        moved = []
+        for _ in range(2):
+            before = problem.weights()
+            problem.loss().backward()
+            optimizer.first_step()
+            moved.append(torch.cat([(a - b).flatten() for a, b in zip(before, problem.weights(), strict=True)]).norm())
+            optimizer.restore()
+            optimizer.scale_radius(0.5)
+        # Moves are differences of float32 weights of about 1.
+        torch.testing.assert_close(moved[1], moved[0] / 2, rtol=1e-4, atol=0)
+        assert (optimizer.rho_max, optimizer.rho.item()) == (0.1, 0.1)
+
+    @pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])
+    def test_out_of_range(self, problem, factor):
+        optimizer = ASGA(problem.params, lr=0.1)
+        with pytest.raises(ValueError, match=f"factor is {factor}; it must be positive and finite"):
+            optimizer.scale_radius(factor)
+        assert optimizer.rho_max == 0.5
+
+    def test_between_the_passes(self, problem):
+        optimizer = ASGA(problem.params, lr=0.1)
+        problem.loss().backward()
+        optimizer.first_step()
+        with pytest.raises(RuntimeError, match=r"scale_radius\(\) between first_step"):
+            optimizer.scale_radius(0.5)
+
+
 class TestStateDict:
     @pytest.mark.parametrize(
         ("base", "options"),

@@ -58,6 +58,16 @@ def test_leaves_everything_where_something_is_not_finite(bits_of, where, value):
     loss = optimizer.step(closure_of(model, optimizer, inputs, factor=value if where == "loss" else 1.0))
     assert torch.isfinite(loss) == (where == "gradient")
     assert bits_of([model.state_dict(), optimizer.state_dict()]) == before
+    assert optimizer.last_skipped
+
+
+def test_says_of_a_step_that_was_made_that_it_was():
+    model = network()
+    optimizer = GuardedSGD(model.parameters(), model=model, **OPTIONS)
+    assert not optimizer.last_skipped
+    for factor, skipped in ((math.nan, True), (1.0, False)):
+        optimizer.step(closure_of(model, optimizer, torch.ones(6, 3), factor))
+        assert optimizer.last_skipped is skipped
 
 
 def test_parameters_without_gradient_are_no_obstacle():

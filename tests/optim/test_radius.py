@@ -117,3 +117,16 @@ class TestProportional:
     def test_keeps_its_start_in_the_state(self):
         assert self.radius().state()["initial_lr"] == 0.2
         assert "initial_lr" not in adaptive(0.01, 0.5).state()
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "constant", "proportional"])
+def test_scaled(rule):
+    radius = Radius(0.1, 0.4, rule=rule, device=CPU)
+    rho = radius.rho.item()
+    radius.scale(0.5)
+    assert (radius.rho_min, radius.rho_max, radius.rho.item()) == (0.1, 0.2, rho / 2)
+    radius.scale(0.25)
+    assert (radius.rho_min, radius.rho_max, radius.rho.item()) == (0.05, 0.05, rho / 8)
+    radius.before_step({"lr": 1.0})
+    update(radius, 10.0)
+    assert radius.rho.item() == {"adaptive": 0.05, "constant": rho / 8, "proportional": 0.05}[rule]
