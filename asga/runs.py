@@ -2,13 +2,18 @@
 
 import json
 import os
+import warnings
+import zipfile
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 import asga
-from asga._files import save_tensors, write_json
+from asga._files import append_line, save_tensors, write_atomic, write_json
+
+# Version 1 had neither a name of the format nor a version in it, and no state of what takes a diverged training back.
+_FORMAT, _VERSION = "asga.checkpoint", 2
 
 
 class RunExistsError(ValueError):
@@ -16,10 +21,12 @@ class RunExistsError(ValueError):
 
 
 class RunFolder:
-    """A folder with the configuration, the metrics and the checkpoint of one run.
+    """A folder with the configuration, the metrics and the checkpoints of one run.
 
     ``config.json`` has the command, its options and versions; ``metrics.jsonl`` one JSON object per line, as
-    they happen; ``checkpoint.pt`` tensors and plain containers, read with ``weights_only=True``.
+    they happen; ``checkpoint.pt`` tensors and plain containers, read with ``weights_only=True``;
+    ``checkpoint.previous.pt`` the one before, for when the newest is damaged. A checkpoint remembers how long the
+    metrics were, so that resuming from either drops what was logged later.
 
     Args:
         path: The folder; made if it does not exist.
@@ -43,7 +50,7 @@ class RunFolder:
             self._check_existing(config_path, command, options, resume)
         elif resume:
             raise FileNotFoundError(f"{self.path} holds no run to resume (config.json is missing)")
-        elif self._checkpoint.exists() or self._stages_path.exists():
+        elif any(path.exists() for path in (self._checkpoint, self._previous, self._stages_path)):
             raise RunExistsError(f"{self.path} holds a run whose config.json is missing; choose another folder")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -59,43 +66,81 @@ class RunFolder:
             )
 
     def log(self, **record: object) -> None:
-        """Append one line to ``metrics.jsonl``."""
-        line = json.dumps(record, allow_nan=False) + "\n"
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(line)
-
-    def save_checkpoint(self, state: dict[str, object]) -> None:
-        """Replace the checkpoint. It remembers how long the metrics were, so that resuming drops later lines."""
-        save_tensors(self._checkpoint, {"state": state, "metrics_size": self._metrics_size()})
-
-    def load_checkpoint(self) -> dict[str, object] | None:
-        """The last checkpoint's state, or None; lines that were logged after it are dropped.
+        """Append one line to ``metrics.jsonl``; every record says of which `stage` it is.
 
         Raises:
-            ValueError: The file cannot be read as a checkpoint.
+            OSError: It could not be written, such as when the disk is full; earlier lines stay.
         """
-        metrics = self.path / "metrics.jsonl"
-        if not self._checkpoint.exists():
-            metrics.unlink(missing_ok=True)
-            return None
+        append_line(self._metrics, json.dumps(record, allow_nan=False))
+
+    def metrics_size(self) -> int:
+        """How long ``metrics.jsonl`` is, in bytes."""
+        return self._metrics.stat().st_size if self._metrics.exists() else 0
+
+    def save_checkpoint(self, state: dict[str, object], metrics_size: int | None = None) -> None:
+        """Make `state` the newest checkpoint, and the newest one the previous.
+
+        Args:
+            state: Tensors and plain containers.
+            metrics_size: How long the metrics were when the state was as it is here; None: as long as they are.
+
+        Raises:
+            OSError: It could not be written, such as when the disk is full. The message says which checkpoint stays.
+        """
+        checkpoint = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "asga_version": asga.__version__,
+            "state": state,
+            "metrics_size": self.metrics_size() if metrics_size is None else metrics_size,
+        }
         try:
-            checkpoint = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
-            state, size = checkpoint["state"], checkpoint["metrics_size"]
-        except Exception as error:  # torch.load raises many types for a damaged file
-            raise ValueError(
-                f"{self._checkpoint} cannot be read as a checkpoint ({type(error).__name__}). Delete it to begin this "
-                f"stage anew"
-            ) from error
-        if size < self._metrics_size():
-            os.truncate(metrics, size)
-        return state
+            save_tensors(self._checkpoint, checkpoint, keep=self._previous)
+        except OSError as error:
+            newest = next((path for path in (self._checkpoint, self._previous) if path.exists()), None)
+            before = "there is none before it" if newest is None else f"{newest} stays: make room and resume from it"
+            message = f"{error.strerror}; {before}"
+            raise OSError(error.errno, message) from error
+
+    def load_checkpoint(self) -> dict[str, object] | None:
+        """The state of the newest checkpoint that can be read, or None; lines that were logged after it are dropped.
+
+        Warns:
+            UserWarning: The newest is damaged, and the one before is used.
+
+        Raises:
+            ValueError: There are checkpoints, but none that can be read, or one of another version. Nothing has been
+                changed.
+        """
+        for unfinished in self.path.glob(f".{self._checkpoint.name}.*"):  # a process was killed while it wrote this
+            unfinished.unlink()
+        unreadable: list[tuple[Path, str]] = []
+        for path in filter(Path.exists, (self._checkpoint, self._previous)):
+            try:
+                state, metrics_size = _read_checkpoint(path)
+            except _DamagedError as error:
+                unreadable.append((path, str(error)))
+                continue
+            for damaged, reason in unreadable:
+                # Out of the way: the next checkpoint would else take it for good and put it in the place of this one.
+                kept = damaged.rename(self.path / "checkpoint.damaged.pt")
+                warnings.warn(
+                    f"{damaged} is damaged ({reason}; now {kept.name}); going on from the one before it", stacklevel=2
+                )
+            self._drop_metrics(metrics_size)
+            return state
+        if unreadable:
+            found = " and ".join(f"{path} ({reason})" for path, reason in unreadable)
+            raise ValueError(f"{found} cannot be read as a checkpoint. Delete it to begin this stage anew")
+        self._drop_metrics(0)
+        return None
 
     def finished(self, stage: str) -> dict[str, object] | None:
         """What `finish` recorded of a stage, or None if it has not been finished."""
         return self._stages().get(stage)
 
     def finish(self, stage: str, record: dict[str, object]) -> None:
-        """Record that a stage is complete, so that resuming passes over it; its checkpoint goes.
+        """Record that a stage is complete, so that resuming passes over it; its checkpoints go.
 
         Args:
             stage: Its name.
@@ -103,10 +148,23 @@ class RunFolder:
         """
         write_json(self._stages_path, {**self._stages(), stage: record})
         self.save_checkpoint({"stage": None})
+        self._previous.unlink(missing_ok=True)
+
+    def seconds(self) -> float:
+        """The time that the finished stages took, interruptions left out: the entries "seconds" of their records."""
+        return sum(record["seconds"] for record in self._stages().values())
 
     @property
     def _checkpoint(self) -> Path:
         return self.path / "checkpoint.pt"
+
+    @property
+    def _previous(self) -> Path:
+        return self.path / "checkpoint.previous.pt"
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
 
     @property
     def _stages_path(self) -> Path:
@@ -120,9 +178,17 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"{self._stages_path} cannot be read: {error}") from None
 
-    def _metrics_size(self) -> int:
-        metrics = self.path / "metrics.jsonl"
-        return metrics.stat().st_size if metrics.exists() else 0
+    def _drop_metrics(self, size: int) -> None:
+        """Drop the lines after the first `size` bytes, except those of stages that will not run again."""
+        if self.metrics_size() <= size:
+            return
+        content, finished = self._metrics.read_bytes(), self._stages()
+        kept = [line for line in content[size:].splitlines(keepends=True) if _stage_of(line) in finished]
+        content = content[:size] + b"".join(kept)
+        if content:
+            write_atomic(self._metrics, content)
+        else:
+            self._metrics.unlink()
 
     def _check_existing(self, config_path: Path, command: str, options: dict[str, object], resume: bool) -> None:
         try:
@@ -140,3 +206,46 @@ class RunFolder:
         if changed:
             differences = ", ".join(f"{key}: {found.get(key)!r} then, {wanted.get(key)!r} now" for key in changed)
             raise RunExistsError(f"{self.path} holds a run with other options ({differences})")
+
+
+class _DamagedError(ValueError):
+    """A file is no checkpoint, or what is left of one."""
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, object], int]:
+    """State and size of the metrics.
+
+    Raises:
+        ValueError: The checkpoint is of another version; `_DamagedError`: it cannot be read.
+    """
+    try:
+        # torch does not look at the checksums of what it reads: values may be wrong without one.
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+        if wrong is not None:
+            raise _DamagedError(f"the checksum of its {wrong} is wrong")
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    except _DamagedError:
+        raise
+    except Exception as error:  # torch.load raises many types for a damaged file
+        raise _DamagedError(type(error).__name__) from error
+    if isinstance(checkpoint, dict) and checkpoint.get("format") == _FORMAT:
+        version = checkpoint.get("version")
+    elif isinstance(checkpoint, dict) and checkpoint.keys() == {"state", "metrics_size"}:
+        version = 1
+    else:
+        raise _DamagedError("it holds something else")
+    if version != _VERSION:
+        writer = f"asga {checkpoint['asga_version']}" if "asga_version" in checkpoint else "an earlier asga"
+        raise ValueError(
+            f"{path} is of version {version}, written by {writer}; asga {asga.__version__} reads version {_VERSION}. "
+            f"Resume with the asga that wrote it, or begin anew in another folder"
+        )
+    return checkpoint["state"], checkpoint["metrics_size"]
+
+
+def _stage_of(line: bytes) -> object:
+    try:
+        return json.loads(line).get("stage")
+    except (ValueError, AttributeError):
+        return None

@@ -13,12 +13,27 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from asga._batches import Batch, Inputs, call, split, to_device
+from asga.optim import ASGA
+from asga.optim.guarded import GuardedSGD
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on: the loss is not finite, or the data do not fit the model."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step saw.
+
+    Args:
+        metrics: Numbers to average over the epoch: the `loss` and others.
+        skipped: Whether the optimizer left the step out, because the loss or a gradient was not finite.
+    """
+
+    metrics: dict[str, float]
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,21 +47,21 @@ class Evaluation:
 
 def training_step(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: ASGA | GuardedSGD,
     inputs: Inputs,
     labels: Tensor,
     *,
     loss_fn: LossFunction = functional.cross_entropy,
     autocast: torch.dtype | None = None,
-) -> dict[str, float]:
-    """One step of an optimizer that takes a closure, on one batch.
+) -> StepReport:
+    """One step of an optimizer on one batch.
 
     Gradients of the whole model are cleared before each pass, also of parameters that the optimizer does not hold;
     those of the last pass are left for whoever does.
 
     Args:
         model: In training mode.
-        optimizer: `asga.optim.ASGA` or any other that calls a closure.
+        optimizer: `ASGA` or `GuardedSGD`.
         inputs: Of the batch; moved to the model's device.
         labels: Likewise.
         loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits
@@ -76,8 +91,9 @@ def training_step(
         return loss
 
     metrics = {"loss": optimizer.step(closure).item()}
-    counts = count_correct(seen[0], labels)
-    return metrics if counts is None else {**metrics, "accuracy": (counts[0] / counts[1]).item()}
+    if (counts := count_correct(seen[0], labels)) is not None:
+        metrics["accuracy"] = (counts[0] / counts[1]).item()
+    return StepReport(metrics, bool(optimizer.last_skipped))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Training loops that can be watched, interrupted and resumed, and the batches they run on."""
 
 import itertools
-import math
+import random
 import signal
 import threading
 import time
@@ -9,18 +9,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Protocol
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from asga._batches import Batch, Inputs, all_finite, split
+from asga.recovery import Recovery, Stateful, copied, describe
 from asga.runs import RunFolder
-from asga.steps import TrainingError, finite
+from asga.steps import StepReport, TrainingError, finite
 
-# Steps in a row whose loss is not finite before training gives up: the optimizers skip such steps, so a few of them
-# do no harm, but a network that has diverged does not come back.
-_MAX_BAD_STEPS = 10
+# Steps between checkpoints. Of a small model on a CPU they take seconds, of a ResNet-50 on a GPU a minute, and writing
+# takes a hundredth of that: 0.02 s and 0.5 s.
+CHECKPOINT_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Progress:
         step: Steps done in this epoch.
         steps: Steps in an epoch.
         metrics: Averages over this epoch so far, such as loss and accuracy.
+        note: What is out of the ordinary about this step.
     """
 
     stage: str
@@ -42,31 +45,33 @@ class Progress:
     step: int
     steps: int
     metrics: dict[str, float]
-
-
-class Stateful(Protocol):
-    """Something that a checkpoint holds: modules, optimizers, schedulers."""
-
-    def state_dict(self) -> dict[str, object]:
-        """Its state in tensors and plain containers."""
-
-    def load_state_dict(self, state: dict[str, object]) -> object:
-        """Take over such a state."""
+    note: str | None = None
 
 
 class Stage:
     """Epochs of training steps, with metrics, progress, checkpoints and an orderly stop.
 
-    Ctrl-C and SIGTERM end the step under way (after the last one, the epoch), save a checkpoint (with a `folder`)
-    and raise `KeyboardInterrupt`; a second Ctrl-C stops at once. With a checkpoint of this stage in the folder, `run`
-    continues exactly where it was saved: after that very batch, with the same random numbers.
+    Checkpoints are made every `checkpoint_every` steps of an epoch and at its end. Ctrl-C and SIGTERM end the step
+    under way (after the last one, the epoch), save one and raise `KeyboardInterrupt`; a second Ctrl-C stops at once.
+    With a checkpoint of this stage in the folder, `run` continues exactly where it was saved: after that very batch,
+    with the same random numbers of torch, NumPy and Python. So however often a run is stopped or killed, what it logs
+    and what it ends with are the same: bit for bit on a CPU, times excepted.
+
+    Steps that the optimizer leaves out are counted, logged and told to `progress`; `recovery` sees to it that the
+    training does not end with them.
 
     Args:
         name: Of the stage; checkpoints and metrics carry it.
         epochs: How many.
         parts: Everything that changes in a step, by name.
+        recovery: Goes back to the last good state, which is one of those that checkpoints are made of, when steps are
+            left out again and again.
+        checkpoint_every: Steps between checkpoints.
         folder: Where metrics and checkpoints go; None: nowhere.
         progress: Called after every step.
+
+    Raises:
+        ValueError: `checkpoint_every` is below 1.
     """
 
     def __init__(
@@ -75,21 +80,26 @@ class Stage:
         epochs: int,
         parts: dict[str, Stateful],
         *,
+        recovery: Recovery,
+        checkpoint_every: int = CHECKPOINT_EVERY,
         folder: RunFolder | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self._name, self._epochs, self._parts = name, epochs, parts
-        self._folder, self._progress = folder, progress
-        self._epoch = self._step = 0
+        if checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every is {checkpoint_every}; it must be at least 1")
+        self._name, self._epochs, self._parts, self._recovery = name, epochs, parts, recovery
+        self._checkpoint_every, self._folder, self._progress = checkpoint_every, folder, progress
+        self._epoch = self._step = self._skipped = 0
         self._averages = _Averages()
         self._seconds = 0.0
         self._history: list[dict[str, object]] = []
         self._random_at_epoch = _random_state()
+        self._pending: _Snapshot | None = None
 
     def run(
         self,
         loader: Iterable[Batch],
-        step: Callable[[Inputs, Tensor], dict[str, float]],
+        step: Callable[[Inputs, Tensor], StepReport],
         end_epoch: Callable[[int], dict[str, object]] | None = None,
     ) -> list[dict[str, object]]:
         """Run what is left of the stage.
@@ -97,8 +107,8 @@ class Stage:
         Args:
             loader: Batches of a form that `asga.evaluate` takes; anything with a length. `asga.data.Batches` resumes
                 inside an epoch at no cost; other loaders are run through up to the batch, and give the same batches
-                only if they draw them from torch's global generator or not at all.
-            step: Trains on one batch and returns numbers to average over the epoch.
+                only if they draw them from the global generators of torch, NumPy or Python, or not at all.
+            step: Trains on one batch.
             end_epoch: Returns what else to log; called with the epoch, counted from 1.
 
         Returns:
@@ -106,44 +116,119 @@ class Stage:
 
         Raises:
             KeyboardInterrupt: A signal ended it; the checkpoint has been saved.
+            OSError: A checkpoint or metrics could not be written; the last checkpoint stays.
+            TrainingError: Step after step is left out, and going back does not help.
             ValueError: The loader is empty or has no length.
         """
         steps = count_batches(loader)
-        self._resume()
+        if not self._resume():
+            self._recovery.keep(self._snapshot().state["parts"], self._where())
         with _StopSignal() as stop:
             while self._epoch < self._epochs:
                 self._run_epoch(loader, steps, step, end_epoch, stop)
-                if stop.requested:
-                    raise KeyboardInterrupt
         return self._history
 
     def _run_epoch(self, loader, steps: int, step, end_epoch, stop: "_StopSignal") -> None:
         started = time.perf_counter() - self._seconds
         for inputs, labels in self._batches(loader):
-            self._averages.add(step(inputs, labels))
+            report = step(inputs, labels)
+            self._averages.add(report.metrics)
             self._step += 1
+            note = self._watch(report)
             self._seconds = time.perf_counter() - started
             if self._progress is not None:
                 means = self._averages.means()
-                self._progress(Progress(self._name, self._epoch + 1, self._epochs, self._step, steps, means))
+                self._progress(Progress(self._name, self._epoch + 1, self._epochs, self._step, steps, means, note))
+            if self._pending is not None and not report.skipped:
+                self._confirm()
             # After the last step the epoch is ended first: its record tells what that step saw, no checkpoint does.
-            if stop.requested and self._step < steps:
-                self._save()
-                raise KeyboardInterrupt
+            if self._step < steps:
+                self._save(stop, due=self._step % self._checkpoint_every == 0)
         record = {
             "stage": self._name,
             "epoch": self._epoch + 1,
             "epochs": self._epochs,
             **self._averages.means(),
             **(end_epoch(self._epoch + 1) if end_epoch is not None else {}),
+            "skipped_steps": self._skipped,
             "seconds": round(time.perf_counter() - started, 3),
         }
         if self._folder is not None:
             self._folder.log(event="epoch", **record)
         self._history.append(record)
-        self._epoch, self._step, self._seconds = self._epoch + 1, 0, 0.0
+        self._epoch, self._step, self._skipped, self._seconds = self._epoch + 1, 0, 0, 0.0
         self._averages = _Averages()
-        self._save()
+        self._save(stop, due=True)
+
+    def _watch(self, report: StepReport) -> str | None:
+        """Log what is out of the ordinary; returns what is to be said of it."""
+        position = {"stage": self._name, "epoch": self._epoch + 1, "step": self._step}
+        note = None
+        if report.skipped:
+            self._skipped += 1
+            reason = describe(report.metrics["loss"])
+            if self._folder is not None:
+                self._folder.log(event="skipped", **position, reason=reason)
+            if self._skipped == 1:  # of an epoch; its record has their number
+                note = f"step {self._step} left out: {reason}"
+        went_back = self._recovery.watch(report.metrics["loss"], skipped=report.skipped)
+        if went_back is not None:
+            self._pending = None
+            if self._folder is not None:
+                self._folder.log(event="recovery", **position, what=went_back)
+        return went_back or note
+
+    def _save(self, stop: "_StopSignal", *, due: bool) -> None:
+        """Make a checkpoint if it is due, write one if the process is to stop or this is the end; then stop.
+
+        A step tells what the state before it was worth. So a checkpoint is written after the next step, when it is
+        known whether its state is one to go back to; one that cannot wait holds the last such state, too.
+        """
+        if due:
+            self._pending = self._snapshot()
+        if self._epoch == self._epochs:
+            self._write(self._pending)
+        elif stop.requested:
+            now = self._pending if due else self._snapshot()
+            pending = None if self._pending is None else tuple(self._pending)
+            self._write(now._replace(state={**now.state, "pending": pending}))
+        if stop.requested:
+            raise KeyboardInterrupt
+
+    def _confirm(self) -> None:
+        """Write the checkpoint that waited for a step."""
+        state = self._pending.state
+        if self._recovery.well:
+            self._recovery.keep(state["parts"], state["where"])
+            state["recovery"]["good"] = None  # it is the present one
+        self._write(self._pending)
+        self._pending = None
+
+    def _write(self, snapshot: "_Snapshot") -> None:
+        if self._folder is not None:
+            self._folder.save_checkpoint(snapshot.state, snapshot.metrics_size)
+
+    def _snapshot(self) -> "_Snapshot":
+        """Everything that a checkpoint holds; later steps do not change it."""
+        state = {
+            "stage": self._name,
+            "epoch": self._epoch,
+            "step": self._step,
+            "where": self._where(),
+            "skipped": self._skipped,
+            "seconds": self._seconds,
+            "averages": self._averages.state(),
+            "history": list(self._history),
+            "random": _random_state(),
+            "random_at_epoch": self._random_at_epoch,
+            "parts": {name: copied(part.state_dict()) for name, part in self._parts.items()},
+            "recovery": self._recovery.state_dict(),
+            "pending": None,
+        }
+        return _Snapshot(state, 0 if self._folder is None else self._folder.metrics_size())
+
+    def _where(self) -> str:
+        return f"epoch {self._epoch + 1}, step {self._step}"
 
     def _batches(self, loader: Iterable[Batch]) -> Iterator[tuple[Inputs, Tensor]]:
         """What is left of the epoch. A loader draws its order when the epoch begins: from that random state."""
@@ -156,32 +241,22 @@ class Stage:
         _set_random_state(now)
         return batches
 
-    def _save(self) -> None:
-        if self._folder is None:
-            return
-        state = {
-            "stage": self._name,
-            "epoch": self._epoch,
-            "step": self._step,
-            "seconds": self._seconds,
-            "averages": self._averages.state(),
-            "history": self._history,
-            "random": _random_state(),
-            "random_at_epoch": self._random_at_epoch,
-            "parts": {name: part.state_dict() for name, part in self._parts.items()},
-        }
-        self._folder.save_checkpoint(state)
-
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go on from the checkpoint of this stage, if there is one."""
         state = None if self._folder is None else self._folder.load_checkpoint()
         if state is None or state["stage"] != self._name:
-            return
+            return False
+        self._recovery.load_state_dict(state["recovery"])
         for name, part in self._parts.items():
-            part.load_state_dict(state["parts"][name])
+            part.load_state_dict(copied(state["parts"][name]))
+        if state["recovery"]["good"] is None:
+            self._recovery.keep(state["parts"], state["where"])
+        self._pending = None if state["pending"] is None else _Snapshot(*state["pending"])
         self._epoch, self._step, self._seconds = state["epoch"], state["step"], state["seconds"]
-        self._averages = _Averages(**state["averages"])
+        self._skipped, self._averages = state["skipped"], _Averages(**state["averages"])
         self._history, self._random_at_epoch = state["history"], state["random_at_epoch"]
         _set_random_state(state["random"])
+        return True
 
 
 def batches_from(loader: Iterable[Batch], epoch: int, start: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
@@ -194,7 +269,7 @@ def batches_from(loader: Iterable[Batch], epoch: int, start: int = 0) -> Iterato
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
     if hasattr(loader, "iterate"):
-        return loader.iterate(start)
+        return map(split, loader.iterate(start))
     batches = iter(loader)
     for _ in itertools.islice(batches, start):
         pass
@@ -235,29 +310,11 @@ def count_batches(loader: Iterable[Batch]) -> int:
     return count
 
 
-class LossWatch:
-    """Counts steps whose loss is not finite and gives up when they do not end.
+class _Snapshot(NamedTuple):
+    """What goes into a checkpoint, and how long the metrics were then."""
 
-    Args:
-        steps: Steps of the whole training; when none of a short one is good, it is given up too.
-    """
-
-    def __init__(self, steps: int) -> None:
-        self._most = min(steps, _MAX_BAD_STEPS)
-        self._bad = 0
-
-    def check(self, loss: float) -> None:
-        """Take note of the loss of a step.
-
-        Raises:
-            TrainingError: The loss was not finite for several steps in a row.
-        """
-        self._bad = 0 if math.isfinite(loss) else self._bad + 1
-        if self._bad >= self._most:
-            raise TrainingError(
-                f"the loss is {loss} for {self._bad} steps in a row. The learning rate may be too high, or the data "
-                f"hold NaN; a checkpoint of the last finished epoch, if there is one, is kept"
-            )
+    state: dict[str, object]
+    metrics_size: int
 
 
 class _Averages:
@@ -302,11 +359,19 @@ class _StopSignal:
 
 
 def _random_state() -> dict[str, object]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    """Of all generators that a loader, an augmentation or a model may draw from, in tensors and plain containers."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": (name, keys.tolist(), *rest),
+        "python": random.getstate(),
+    }
 
 
 def _set_random_state(state: dict[str, object]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])

@@ -12,17 +12,27 @@ from asga._batches import Batch, Inputs
 from asga.nn import calibrate, parameter_groups
 from asga.optim import ASGA
 from asga.optim.guarded import GuardedSGD
+from asga.recovery import Recovery, halve_steps
 from asga.runs import RunFolder
 from asga.steps import (
     Evaluation,
     LossFunction,
+    StepReport,
     cosine_with_warmup,
     evaluate,
     finite,
     measure_batchnorm,
     training_step,
 )
-from asga.training import LossWatch, Progress, Stage, batches_from, count_batches, finite_batches, first_batches
+from asga.training import (
+    CHECKPOINT_EVERY,
+    Progress,
+    Stage,
+    batches_from,
+    count_batches,
+    finite_batches,
+    first_batches,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ class TransferTrainer:
         loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits
             ``[B, classes]``; another one takes whatever logits and labels it is made for.
         autocast: Run the model under autocast to this dtype.
+        checkpoint_every: Steps of an epoch between checkpoints; there is one at its end, too. One of them is what the
+            training goes back to when its loss stays NaN.
         folder: Where metrics and checkpoints go; with a checkpoint in it, `fit` resumes.
         progress: Called after every step.
         stage: The name of this training in metrics and checkpoints.
@@ -88,6 +100,7 @@ class TransferTrainer:
         validate_every: int = 1,
         loss_fn: LossFunction = functional.cross_entropy,
         autocast: torch.dtype | None = None,
+        checkpoint_every: int = CHECKPOINT_EVERY,
         folder: RunFolder | None = None,
         progress: Callable[[Progress], None] | None = None,
         stage: str = "transfer",
@@ -97,6 +110,7 @@ class TransferTrainer:
         named = {
             "epochs": epochs,
             "calibration_batches": calibration_batches,
+            "checkpoint_every": checkpoint_every,
             "validate_every": validate_every,
         }
         for name, value in named.items():
@@ -108,7 +122,7 @@ class TransferTrainer:
         self.calibration_batches, self.batchnorm_batches = calibration_batches, batchnorm_batches
         self.validate_every = validate_every
         self.loss_fn, self.autocast = loss_fn, autocast
-        self.folder, self.progress, self.stage = folder, progress, stage
+        self.checkpoint_every, self.folder, self.progress, self.stage = checkpoint_every, folder, progress, stage
 
     def fit(
         self,
@@ -137,14 +151,12 @@ class TransferTrainer:
         else:
             optimizer = GuardedSGD(groups, model=self.model, **sgd, **self.optimizer_options)
         scheduler = cosine_with_warmup(optimizer, steps, self.warmup)
-        watch = LossWatch(steps)
 
-        def step(inputs: Inputs, labels: Tensor) -> dict[str, float]:
+        def step(inputs: Inputs, labels: Tensor) -> StepReport:
             options = {"loss_fn": self.loss_fn, "autocast": self.autocast}
-            metrics = training_step(self.model, optimizer, inputs, labels, **options)
-            watch.check(metrics["loss"])
+            report = training_step(self.model, optimizer, inputs, labels, **options)
             scheduler.step()
-            return metrics
+            return report
 
         def end_epoch(epoch: int) -> dict[str, object]:
             record: dict[str, object] = {"lr": optimizer.param_groups[0]["lr"]}
@@ -157,8 +169,16 @@ class TransferTrainer:
                 record |= finite({"val_loss": found.loss, "val_top1": found.top1})
             return record
 
-        parts = {"model": self.model, "optimizer": optimizer, "scheduler": scheduler}
-        stage = Stage(self.stage, self.epochs, parts, folder=self.folder, progress=self.progress)
+        parts = {"model": self.model, "optimizer": optimizer}
+        stage = Stage(
+            self.stage,
+            self.epochs,
+            {**parts, "scheduler": scheduler},
+            recovery=Recovery(parts, halve_steps(optimizer, scheduler), steps),
+            checkpoint_every=self.checkpoint_every,
+            folder=self.folder,
+            progress=self.progress,
+        )
         history = stage.run(train, step, end_epoch)
         evaluation = None
         if val is not None:

@@ -204,7 +204,7 @@ def check_steps(case: SearchCase, device: str) -> None:
                 scale.mul_(torch.linspace(0.98, 1.02, scale.numel(), device=device).reshape(scale.shape))
     plain = plain_search(small, search, compiled=False)
     before = {name: p.detach().clone() for name, p in search.model.named_parameters()}
-    losses = search.step(*batch)["loss"], plain.step(*batch)
+    losses = search.step(*batch).metrics["loss"], plain.step(*batch)
     ours, theirs = dict(search.model.named_parameters()), dict(plain.model.named_parameters())
     pairs = {"losses": tuple(map(torch.tensor, losses))}
     for kind, suffixes in (("weights", (".weight", ".bias")), ("scales", (".scale", ".scales")), ("logits", ".logits")):

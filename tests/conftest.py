@@ -1,8 +1,10 @@
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,22 @@ def run_python() -> RunPython:
         return done.stdout.strip()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def size_limit() -> Callable[[int], contextlib.AbstractContextManager]:
+    """A context in which the operating system lets no file grow beyond so many bytes."""
+
+    @contextlib.contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 class TinyNet(nn.Module):

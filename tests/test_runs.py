@@ -1,4 +1,7 @@
+import contextlib
+import errno
 import json
+import os
 import pickle
 
 import pytest
@@ -12,6 +15,10 @@ OPTIONS = {"epochs": 3, "data": "digits", "bits": (2, 4)}
 
 def contents(path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def steps_of(folder: RunFolder) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -120,6 +127,97 @@ class TestCheckpoint:
         assert folder.load_checkpoint() == {"step": 1}
         assert sorted(file.name for file in folder.path.iterdir()) == ["checkpoint.pt", "config.json"]
 
+    def test_the_last_two_are_kept(self, folder):
+        for step in (1, 2, 3):
+            folder.log(step=step)
+            folder.save_checkpoint({"step": step})
+        assert sorted(file.name for file in folder.path.glob("*.pt")) == ["checkpoint.previous.pt", "checkpoint.pt"]
+        assert folder.load_checkpoint() == {"step": 3}
+        (folder.path / "checkpoint.pt").unlink()
+        assert folder.load_checkpoint() == {"step": 2}
+        assert steps_of(folder) == [1, 2]
+
+    @pytest.mark.parametrize("damage", ["cut", "a value"])
+    def test_the_previous_one_is_used_when_the_newest_is_damaged(self, folder, damage):
+        folder.log(step=1)
+        folder.save_checkpoint({"weights": torch.arange(100)})
+        folder.log(step=2)
+        folder.save_checkpoint({"weights": torch.arange(100) + 1})
+        path = folder.path / "checkpoint.pt"
+        content = bytearray(path.read_bytes())
+        if damage == "cut":
+            content = content[: len(content) // 2]
+        else:
+            where = content.index(torch.arange(100).numpy()[50:60].tobytes())
+            content[where] += 1  # which torch.load would not notice
+        path.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"checkpoint\.pt is damaged .*going on from the one before it$") as warned:
+            state = folder.load_checkpoint()
+        assert len(warned) == 1
+        assert torch.equal(state["weights"], torch.arange(100))
+        assert steps_of(folder) == [1]
+        # The damaged one is out of the way: what follows does not push the good one out.
+        assert (folder.path / "checkpoint.damaged.pt").read_bytes() == content
+        folder.save_checkpoint({"weights": torch.arange(3)})
+        path.write_bytes(b"")
+        with pytest.warns(UserWarning, match="is damaged"):
+            assert len(folder.load_checkpoint()["weights"]) == 100
+
+    def test_what_a_killed_process_was_writing_is_cleared_away(self, folder):
+        folder.save_checkpoint({"step": 1})
+        (folder.path / ".checkpoint.pt.a1b2c3").write_bytes(b"half of it")
+        assert folder.load_checkpoint() == {"step": 1}
+        assert sorted(file.name for file in folder.path.iterdir()) == ["checkpoint.pt", "config.json"]
+
+    @pytest.mark.parametrize("version", [1, 3])
+    def test_of_another_version(self, folder, version):
+        folder.save_checkpoint({"step": 1})
+        folder.save_checkpoint({"step": 2})
+        path = folder.path / "checkpoint.pt"
+        checkpoint = torch.load(path, weights_only=True)
+        if version == 1:
+            checkpoint = {name: checkpoint[name] for name in ("state", "metrics_size")}
+        else:
+            checkpoint = {"format": "asga.checkpoint", "version": 3, "asga_version": "9.0.0", "other": 1}
+        torch.save(checkpoint, path)
+        folder.log(step=3)
+        before = contents(folder.path)
+        writer = {1: "an earlier asga", 3: r"asga 9\.0\.0"}[version]
+        message = rf"checkpoint\.pt is of version {version}, written by {writer}; .* reads version 2\. Resume with"
+        with pytest.raises(ValueError, match=message):
+            folder.load_checkpoint()
+        assert contents(folder.path) == before
+
+    @pytest.mark.parametrize("kind", ["written", "flushed to disk", "renamed", "renamed, the old one moved"])
+    @pytest.mark.parametrize("before", [0, 1, 2])
+    def test_full_disk(self, folder, monkeypatch, size_limit, kind, before):
+        """The newest good checkpoint stays, and the message says so."""
+        for step in range(before):
+            folder.save_checkpoint({"step": step})
+
+        def fail(call, works):
+            original, calls = getattr(os, call), []
+
+            def replaced(*arguments):
+                calls.append(1)
+                if len(calls) > works:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return original(*arguments)
+
+            monkeypatch.setattr(os, call, replaced)
+
+        limit = size_limit(1000) if kind == "written" else contextlib.nullcontext()
+        if kind != "written":
+            fail("fsync" if kind == "flushed to disk" else "replace", int(kind.endswith("moved") and before > 0))
+        stays = r"checkpoint(\.previous)?\.pt stays: make room and resume" if before else "there is none before it"
+        failing = kind.partition(",")[0]
+        message = rf"checkpoint\.pt could not be {failing}: (No space left on device|File too large); .*{stays}"
+        with limit, pytest.raises(OSError, match=message):
+            folder.save_checkpoint({"step": before, "weights": torch.zeros(10_000)})
+        monkeypatch.undo()
+        assert folder.load_checkpoint() == (None if before == 0 else {"step": before - 1})
+        assert not list(folder.path.glob(".*"))
+
     @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other", "object"])
     def test_damaged(self, folder, damage):
         folder.save_checkpoint({"weights": torch.zeros(100)})
@@ -133,7 +231,7 @@ class TestCheckpoint:
             whole = path.read_bytes()
             path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "garbage": b"garbage" * 50}[damage])
         before = contents(folder.path)
-        with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read as a checkpoint .* Delete it"):
+        with pytest.raises(ValueError, match=r"checkpoint\.pt \(.*\) cannot be read as a checkpoint\. Delete"):
             folder.load_checkpoint()
         assert contents(folder.path) == before
 
@@ -165,12 +263,34 @@ class TestStages:
         assert again.finished("searched/seed0") == {"top1": 0.25}
         assert again.finished("searched/seed1") is None
 
-    def test_checkpoint_of_a_finished_one_goes(self, folder):
-        folder.save_checkpoint({"stage": "float", "weights": torch.zeros(10)})
+    def test_checkpoints_of_a_finished_one_go(self, folder):
+        for _ in range(2):
+            folder.save_checkpoint({"stage": "float", "weights": torch.zeros(10)})
         folder.log(epoch=1)
         folder.finish("float", {})
         assert folder.load_checkpoint() == {"stage": None}
+        assert sorted(file.name for file in folder.path.glob("*.pt")) == ["checkpoint.pt"]
         assert (folder.path / "metrics.jsonl").exists()
+
+    @pytest.mark.parametrize("left", ["an older checkpoint", "nothing"])
+    def test_metrics_of_a_finished_one_stay_without_its_last_checkpoint(self, folder, left):
+        folder.log(stage="float", step=1)
+        folder.save_checkpoint({"stage": "float"})
+        older = (folder.path / "checkpoint.pt").read_bytes()
+        folder.log(stage="float", step=2)
+        folder.finish("float", {})
+        folder.log(stage="search", step=3)
+        (folder.path / "checkpoint.pt").unlink()
+        if left == "an older checkpoint":
+            (folder.path / "checkpoint.previous.pt").write_bytes(older)
+        folder.load_checkpoint()
+        assert steps_of(folder) == [1, 2]
+
+    def test_seconds_are_those_of_all(self, folder):
+        assert folder.seconds() == 0
+        folder.finish("float", {"seconds": 1.5})
+        folder.finish("search", {"seconds": 0.25})
+        assert folder.seconds() == 1.75
 
     def test_damaged(self, folder):
         (folder.path / "stages.json").write_text("{")

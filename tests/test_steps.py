@@ -180,8 +180,19 @@ class TestTrainingStep:
         model.dropout.p = 0.0
         logits = model(inputs)
         expected = functional.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
-        found = training_step(model, optimizer_of(method, model), inputs, labels)
-        assert found == {"loss": expected[0], "accuracy": expected[1]}
+        report = training_step(model, optimizer_of(method, model), inputs, labels)
+        assert report.metrics == {"loss": expected[0], "accuracy": expected[1]}
+        assert not report.skipped
+
+    @pytest.mark.parametrize("where", ["loss", "gradient"])
+    def test_says_whether_the_step_was_left_out(self, tiny_net, labeled_batches, bits_of, method, where):
+        model, (inputs, labels) = tiny_net(), labeled_batches(1)[0]
+        before = bits_of(model.state_dict())
+        bad = {"loss": lambda x, y: x.sum() * math.nan, "gradient": lambda x, y: (x - x.detach()).sum().sqrt()}[where]
+        optimizer = optimizer_of(method, model)
+        assert training_step(model, optimizer, inputs, labels, loss_fn=bad).skipped
+        assert bits_of(model.state_dict()) == before
+        assert not training_step(model, optimizer, inputs, labels).skipped
 
     def test_gradients_of_other_parameters_are_those_of_the_last_pass(self, tiny_net, labeled_batches, method):
         """Not added up over passes and steps: another optimizer may hold them."""
@@ -201,7 +212,7 @@ class TestTrainingStep:
 
         with pytest.raises(TrainingError, match=r"labels are torch.int64 \[2, 5\]; .* give a loss_fn of your own"):
             training_step(model, optimizer_of(method, model), inputs, labels)
-        metrics = training_step(model, optimizer_of(method, model), inputs, labels, loss_fn=loss_fn)
+        metrics = training_step(model, optimizer_of(method, model), inputs, labels, loss_fn=loss_fn).metrics
         assert metrics.keys() == {"loss", "accuracy"}
         found = evaluate(model, [(inputs, labels)], loss_fn=loss_fn)
         assert found.images == 2
@@ -209,7 +220,7 @@ class TestTrainingStep:
 
     def test_labels_that_are_no_classes(self, method):
         model, inputs, labels = nn.Linear(4, 1), torch.randn(2, 4), torch.randn(2, 1)
-        metrics = training_step(model, optimizer_of(method, model), inputs, labels, loss_fn=functional.mse_loss)
+        metrics = training_step(model, optimizer_of(method, model), inputs, labels, loss_fn=functional.mse_loss).metrics
         assert metrics.keys() == {"loss"}
         assert math.isnan(evaluate(model, [(inputs, labels)], loss_fn=functional.mse_loss).top1)
 

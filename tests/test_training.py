@@ -1,16 +1,20 @@
+import contextlib
+import json
 import math
+import random
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from asga.data import Batches, ImageTensor
-from asga.runs import RunFolder
-from asga.steps import TrainingError
+from asga.recovery import Recovery
+from asga.runs import RunExistsError, RunFolder
+from asga.steps import StepReport, TrainingError
 from asga.training import (
-    LossWatch,
     Progress,
     Stage,
     batches_from,
@@ -69,31 +73,16 @@ def test_count_batches_refuses(loader, message):
         count_batches(loader)
 
 
-class TestLossWatch:
-    def test_gives_up_after_ten_in_a_row(self):
-        watch = LossWatch(steps=100)
-        for loss in [NAN] * 9 + [1.0] + [INF] * 9:
-            watch.check(loss)
-        with pytest.raises(TrainingError, match=r"the loss is inf for 10 steps in a row"):
-            watch.check(INF)
-
-    def test_gives_up_when_no_step_of_a_short_training_was_good(self):
-        watch = LossWatch(steps=3)
-        watch.check(NAN)
-        watch.check(NAN)
-        with pytest.raises(TrainingError, match="the loss is nan for 3 steps in a row"):
-            watch.check(NAN)
-
-
 class Walk:
-    """Something trainable that notes the batches it saw and a random number for each of them."""
+    """Something trainable that notes the batches it saw and random numbers for each of them."""
 
     def __init__(self) -> None:
         self.seen = []
 
     def step(self, inputs, labels):
-        self.seen.append([inputs.flatten().tolist(), labels.tolist(), torch.rand(()).item()])
-        return {"loss": float(len(self.seen))}
+        draws = [torch.rand(()).item(), np.random.rand(), random.random()]
+        self.seen.append([inputs.flatten().tolist(), labels.tolist(), *draws])
+        return StepReport({"loss": float(len(self.seen))})
 
     def state_dict(self):
         return {"seen": list(self.seen)}
@@ -107,13 +96,13 @@ def pairs(count: int) -> TensorDataset:
 
 
 class _Jittered(Dataset):
-    """Draws a random number for each item, as augmentation does."""
+    """Draws random numbers for each item, as augmentation does."""
 
     def __len__(self) -> int:
         return 6
 
     def __getitem__(self, i: int):
-        return torch.rand(1), i
+        return torch.rand(1) + np.random.rand() + random.random(), i
 
 
 def _shuffled() -> DataLoader:
@@ -140,17 +129,23 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches SIGKILL."""
 
 
-def run_stage(path, loader, *, at=None, end=None, resume=False, epochs=3, parts=None) -> tuple[Walk, list]:
+def make_stage(epochs: int, walk: Walk, **options) -> Stage:
+    recovery = Recovery({"walk": walk}, lambda: "slower", steps=3 * epochs)
+    return Stage("walk", epochs, {"walk": walk}, recovery=recovery, **options)
+
+
+def run_stage(path, loader, *, at=None, end=None, resume=False, epochs=3, **options) -> tuple[Walk, list]:
     """A stage of 3 steps an epoch; `end` is called after step `at`, counted over all epochs."""
     walk = Walk()
-    torch.manual_seed(1)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(1)
 
     def progress(state: Progress) -> None:
         if end is not None and 3 * (state.epoch - 1) + state.step == at:
             end()
 
     folder = RunFolder(path, "test", {}, resume=resume)
-    stage = Stage("walk", epochs, {"walk": walk, **(parts or {})}, folder=folder, progress=progress)
+    stage = make_stage(epochs, walk, folder=folder, progress=progress, **options)
     return walk, stage.run(loader, walk.step, lambda epoch: {"double": 2 * epoch})
 
 
@@ -161,7 +156,7 @@ def _kill() -> None:
 class TestStage:
     def test_epochs_metrics_and_progress(self, tmp_path):
         walk, seen = Walk(), []
-        stage = Stage("walk", 2, {"walk": walk}, folder=RunFolder(tmp_path, "test", {}), progress=seen.append)
+        stage = make_stage(2, walk, folder=RunFolder(tmp_path, "test", {}), progress=seen.append)
         history = stage.run(LOADERS["list"](), walk.step, lambda epoch: {"double": 2 * epoch})
         assert len(walk.seen) == 6
         assert [(p.stage, p.epoch, p.epochs, p.step, p.steps) for p in seen] == [
@@ -176,14 +171,18 @@ class TestStage:
 
     def test_metrics_leave_out_what_is_not_finite(self, tmp_path):
         losses = iter([1.0, NAN, 3.0, INF, NAN, INF])
-        stage = Stage("walk", 2, {}, folder=RunFolder(tmp_path, "test", {}))
-        history = stage.run(LOADERS["list"](), lambda inputs, labels: {"loss": next(losses)})
-        assert history[0]["loss"] == 2
-        assert "loss" not in history[1]
+
+        def step(inputs, labels):
+            loss = next(losses)
+            return StepReport({"loss": loss}, skipped=not math.isfinite(loss))
+
+        history = make_stage(2, Walk(), folder=RunFolder(tmp_path, "test", {})).run(LOADERS["list"](), step)
+        assert [record.get("loss") for record in history] == [2, None]
+        assert [record["skipped_steps"] for record in history] == [1, 3]
 
     def test_without_folder(self):
         walk = Walk()
-        Stage("walk", 1, {"walk": walk}).run(LOADERS["list"](), walk.step)
+        make_stage(1, walk).run(LOADERS["list"](), walk.step)
         assert len(walk.seen) == 3
 
     @pytest.mark.parametrize("loader", LOADERS)
@@ -224,6 +223,65 @@ class TestStage:
         assert again.seen == whole.seen
         assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
 
+    @pytest.mark.parametrize("loader", LOADERS)
+    @pytest.mark.parametrize("end", ["signal", "kill"])
+    def test_checkpoints_within_an_epoch(self, tmp_path, run_contents, loader, end):
+        """After the second step of each; killed, or stopped, after each step in turn, those made again included."""
+        whole, _ = run_stage(tmp_path / "whole", LOADERS[loader](), checkpoint_every=2)
+        made = []
+
+        def note_and_end():
+            made.append(1)
+            _kill() if end == "kill" else signal.raise_signal(signal.SIGTERM)
+
+        for at in range(1, 10):
+            with pytest.raises((Killed, KeyboardInterrupt)):
+                run_stage(
+                    tmp_path / "parts", LOADERS[loader](), at=at, end=note_and_end, resume=at > 1, checkpoint_every=2
+                )
+        assert len(made) == 9
+        again, _ = run_stage(tmp_path / "parts", LOADERS[loader](), resume=True, checkpoint_every=2)
+        assert again.seen == whole.seen
+        assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
+
+    def test_checkpoint_every(self, tmp_path):
+        with pytest.raises(Killed):
+            run_stage(tmp_path, _shuffled(), at=7, end=_kill, checkpoint_every=2)
+        folder = RunFolder(tmp_path, "test", {}, resume=True)
+        state = folder.load_checkpoint()
+        assert (state["epoch"], state["step"]) == (1, 2)
+        with pytest.raises(ValueError, match="checkpoint_every is 0; it must be at least 1"):
+            make_stage(1, Walk(), checkpoint_every=0)
+
+    @pytest.mark.parametrize("damage", ["cut", "gone"])
+    @pytest.mark.parametrize("at", [4, 7], ids=["before it another stage's", "before it one of this stage"])
+    def test_goes_on_from_the_checkpoint_before(self, tmp_path, run_contents, damage, at):
+        """It is gone where a process was killed between two renamings."""
+
+        def run(path, **options):
+            with contextlib.suppress(RunExistsError):
+                RunFolder(path, "test", {}).log(event="epoch", stage="earlier", seconds=1)
+            folder = RunFolder(path, "test", {}, resume=True)
+            if folder.finished("earlier") is None:
+                folder.finish("earlier", {})
+            return run_stage(path, _shuffled(), checkpoint_every=2, resume=True, **options)[0]
+
+        whole = run(tmp_path / "whole")
+        with pytest.raises(Killed):
+            run(tmp_path / "parts", at=at, end=_kill)
+        newest, warned = tmp_path / "parts" / "checkpoint.pt", contextlib.nullcontext()
+        if damage == "gone":
+            newest.unlink()
+        else:
+            newest.write_bytes(newest.read_bytes()[:-200])
+            warned = pytest.warns(
+                UserWarning, match=r"checkpoint.pt is damaged \(.*\); going on from the one before it"
+            )
+        with warned:
+            again = run(tmp_path / "parts")
+        assert again.seen == whole.seen
+        assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
+
     def test_complete_runs_no_step_again(self, tmp_path, bits_of):
         whole, history = run_stage(tmp_path, _shuffled())
         again, same = run_stage(tmp_path, _shuffled(), at=1, end=_kill, resume=True)
@@ -232,16 +290,15 @@ class TestStage:
 
     def test_checkpoint_of_another_stage_is_not_taken(self, tmp_path):
         run_stage(tmp_path, _shuffled())
-        other = Walk()
-        Stage("other", 1, {"walk": other}, folder=RunFolder(tmp_path, "test", {}, resume=True)).run(
-            _shuffled(), other.step
-        )
+        other, folder = Walk(), RunFolder(tmp_path, "test", {}, resume=True)
+        recovery = Recovery({}, lambda: "", steps=3)
+        Stage("other", 1, {"walk": other}, recovery=recovery, folder=folder).run(_shuffled(), other.step)
         assert len(other.seen) == 3
 
     def test_signal_at_the_end_of_the_last_epoch_is_not_lost(self, tmp_path):
         """It comes while the model is evaluated: no step follows that would notice."""
         walk = Walk()
-        stage = Stage("walk", 1, {"walk": walk}, folder=RunFolder(tmp_path, "test", {}))
+        stage = make_stage(1, walk, folder=RunFolder(tmp_path, "test", {}))
 
         def end_epoch(epoch):
             signal.raise_signal(signal.SIGINT)
@@ -262,7 +319,7 @@ class TestStage:
             steps.append(2)
 
         with pytest.raises(KeyboardInterrupt):
-            Stage("walk", 1, {}, folder=RunFolder(tmp_path, "test", {})).run(LOADERS["list"](), step)
+            make_stage(1, Walk(), folder=RunFolder(tmp_path, "test", {})).run(LOADERS["list"](), step)
         assert steps == [1]
 
     @pytest.mark.parametrize("error", [False, True], ids=["return", "error"])
@@ -272,18 +329,57 @@ class TestStage:
         def step(inputs, labels):
             if error:
                 raise Killed
-            return {}
+            return StepReport({"loss": 0.0})
 
-        if error:
-            with pytest.raises(Killed):
-                Stage("walk", 1, {}).run(LOADERS["list"](), step)
-        else:
-            Stage("walk", 1, {}).run(LOADERS["list"](), step)
+        with pytest.raises(Killed) if error else contextlib.nullcontext():
+            make_stage(1, Walk()).run(LOADERS["list"](), step)
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
     def test_runs_outside_the_main_thread(self):
         walk = Walk()
-        thread = threading.Thread(target=lambda: Stage("walk", 1, {"walk": walk}).run(LOADERS["list"](), walk.step))
+        thread = threading.Thread(target=lambda: make_stage(1, walk).run(LOADERS["list"](), walk.step))
         thread.start()
         thread.join()
         assert len(walk.seen) == 3
+
+
+class TestNotFinite:
+    """The steps of `BAD` are left out: their loss is NaN."""
+
+    BAD = (2, 5)
+
+    def _run(self, path, *, end=None, at=None, resume=False):
+        walk, told = Walk(), []
+
+        def step(inputs, labels):
+            number = len(walk.seen) + 1
+            walk.seen.append(number)
+            bad = number in self.BAD
+            return StepReport({"loss": NAN if bad else 1.0}, skipped=bad)
+
+        def progress(state):
+            if state.note is not None:
+                told.append((state.epoch, state.step, state.note))
+            if end is not None and 3 * (state.epoch - 1) + state.step == at:
+                end()
+
+        folder = RunFolder(path, "test", {}, resume=resume)
+        history = make_stage(2, walk, folder=folder, progress=progress).run(LOADERS["list"](), step)
+        return history, told
+
+    def test_is_counted_logged_and_told(self, tmp_path):
+        history, told = self._run(tmp_path)
+        assert [record["skipped_steps"] for record in history] == [1, 1]
+        note = "step 2 left out: the loss is nan"
+        assert told == [(1, 2, note), (2, 2, note)]
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        event = {"event": "skipped", "stage": "walk", "step": 2, "reason": "the loss is nan"}
+        assert [line for line in lines if line["event"] == "skipped"] == [{**event, "epoch": 1}, {**event, "epoch": 2}]
+
+    @pytest.mark.parametrize("at", range(1, 7))
+    def test_the_count_survives_a_stop(self, tmp_path, run_contents, at):
+        self._run(tmp_path / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            self._run(tmp_path / "parts", at=at, end=lambda: signal.raise_signal(signal.SIGINT))
+        self._run(tmp_path / "parts", resume=True)
+        assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")

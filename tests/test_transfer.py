@@ -150,7 +150,9 @@ class TestNotFinite:
         weights = [state["conv2.weight"] for state in states]
         assert not torch.equal(weights[bad], weights[bad + 1])
         assert all(math.isfinite(record["loss"]) for record in result.history)
-        assert [record["epoch"] for record in metrics_of(folder)] == [1, 2]
+        assert [record["skipped_steps"] for record in result.history] == [1, 1]
+        lines = [(record["event"], record["epoch"], record.get("step")) for record in metrics_of(folder)]
+        assert lines == [("skipped", 1, bad + 1), ("epoch", 1, None), ("skipped", 2, bad + 1), ("epoch", 2, None)]
 
     @METHODS
     def test_infinity_is_clamped_by_the_quantizer(self, tiny_net, labeled_batches, method):
@@ -200,8 +202,75 @@ class TestNotFinite:
         )
         asga.calibrate(model, labeled_batches(4))
         before = bits_of(model.state_dict())
-        trainer.fit(labeled_batches())
+        with pytest.raises(TrainingError, match="the gradients are not finite for 6 steps in a row"):
+            trainer.fit(labeled_batches())
         assert bits_of(model.state_dict()) == before
+
+
+@METHODS
+class TestRecovery:
+    """The weights blow up in step 16, as in one far too long: from then on every loss is NaN."""
+
+    def _fit(self, path, model, batches, method, *, epochs, stop_at=None, resume=False):
+        told = []
+
+        def progress(state) -> None:
+            done = 6 * (state.epoch - 1) + state.step
+            if done == 16:
+                with torch.no_grad():
+                    model.fc.bias.fill_(math.inf)
+            if state.note is not None:
+                told.append((state.epoch, state.step, state.note))
+            if done == stop_at:
+                _interrupt()
+
+        torch.manual_seed(1)
+        folder = RunFolder(path, "test", {}, resume=resume)
+        options = {"method": method, "lr": 0.1, "checkpoint_every": 4, "folder": folder, "progress": progress}
+        return TransferTrainer(model, epochs=epochs, **options).fit(batches, batches), told
+
+    def test_goes_back_and_learns_on(self, tiny_net, labeled_batches, tmp_path, method):
+        model = quantized(tiny_net())
+        result, told = self._fit(tmp_path, model, labeled_batches(), method, epochs=12)
+        # A checkpoint is made after step 16, too, that is step 4 of epoch 3; the next step shows that it is not good.
+        said = {"asga": "half the radius (rho_max is now 0.25)", "sgd": "half the learning rate"}[method]
+        returned = f"the loss is nan for 10 steps in a row: back to epoch 3, step 0, {said}"
+        assert told[-1] == (5, 2, returned)
+        events = metrics_of(RunFolder(tmp_path, "test", {}, resume=True))
+        assert [record["what"] for record in events if record["event"] == "recovery"] == [returned]
+        assert is_finite(model)
+        assert [record["skipped_steps"] for record in result.history] == [0, 0, 2, 6, 2, *[0] * 7]
+        assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]
+
+    def test_resumes_exactly(self, tiny_net, labeled_batches, tmp_path, run_contents, bits_of, method):
+        """Stopped before, at and after the blow, among the steps left out, and at and after going back."""
+        whole = quantized(tiny_net())
+        self._fit(tmp_path / "whole", whole, labeled_batches(), method, epochs=6)
+        for at in (15, 16, 17, 20, 25, 26, 27, 30):
+            options = {"stop_at": at, "resume": at > 15, "epochs": 6}
+            with pytest.raises(KeyboardInterrupt):
+                self._fit(tmp_path / "parts", quantized(tiny_net()), labeled_batches(), method, **options)
+        model = quantized(tiny_net())
+        self._fit(tmp_path / "parts", model, labeled_batches(), method, resume=True, epochs=6)
+        assert bits_of(model.state_dict()) == bits_of(whole.state_dict())
+        assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
+
+    def test_gives_up(self, tiny_net, labeled_batches, bits_of, method):
+        """After three returns; the model is left as it was last well."""
+        model, steps, good = quantized(tiny_net()), [], []
+
+        def progress(state) -> None:
+            steps.append(state)
+            if len(steps) == 6:
+                good.append(copy.deepcopy(model.state_dict()))
+
+        def loss_fn(logits, labels):
+            return nn.functional.cross_entropy(logits, labels) * (math.nan if len(steps) >= 7 else 1.0)
+
+        with pytest.raises(TrainingError, match="and again after each of 3 returns to epoch 2, step 0"):
+            TransferTrainer(model, epochs=20, method=method, loss_fn=loss_fn, progress=progress).fit(labeled_batches())
+        assert len(steps) == 7 + 39
+        assert bits_of(model.state_dict()) == bits_of(good[0])
 
 
 class TestBadData:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.set_defaults(run=command.run)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            options.run(options)
     except KeyboardInterrupt:
         folder = getattr(options, "out", None)
         begun = folder is not None and Path(folder, "config.json").exists()
@@ -47,3 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"asga: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """In one line, without the place in the code that a user has no use for."""
+    print(f"asga: warning: {message}", file=sys.stderr)

@@ -47,6 +47,8 @@ class Console:
             f"{name} {value:.1%}" if name == "accuracy" else f"{name} {value:.3f}"
             for name, value in state.metrics.items()
         )
+        if state.note is not None:
+            self.note(f"{state.stage}: epoch {state.epoch}/{state.epochs}, {state.note}")
         if state.step == state.steps:
             self.note(f"{state.stage}: epoch {state.epoch}/{state.epochs}, {text}")
         if self._console.is_terminal:

@@ -1,7 +1,6 @@
 """``asga demo``: the whole line on data that need no download, in a few minutes on two cores."""
 
 import argparse
-import time
 
 from asga.cli.console import Console
 from asga.cli.options import add_run_options, check_at_least_one, model_factory, recorded, validation_batches
@@ -42,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Search, transfer, compare with uniform 4 bits and with float."""
     check_at_least_one(options, "seeds")
-    started = time.perf_counter()
     with Console() as console:
         folder = RunFolder(options.out, "demo", recorded(options), resume=options.resume)
         records: dict[str, list] = {"float": [], "uniform": [], "searched": []}
@@ -79,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
             f"at 8x8. Each seed searches its own policy; bits and costs shown are those of the last one."
         )
         console.note(note)
-        seconds = time.perf_counter() - started
+        seconds = folder.seconds()
         summary = {"command": "demo", "seconds": seconds, "table": table, "notes": [note], **findings(result)}
         finish_run(folder, summary, result.policy, console)
 

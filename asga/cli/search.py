@@ -122,7 +122,8 @@ def run(options: argparse.Namespace) -> None:
         result = results[name] if len(results) == 1 else consensus(list(results.values()))
         result.save(folder.path / "search.json")
         console.note(str(result.policy))
-        summary = {"command": "search", "seconds": seconds, **findings(result), **findings_of_seeds(results)}
+        times = {"seconds": folder.seconds(), "search_seconds": seconds}
+        summary = {"command": "search", **times, **findings(result), **findings_of_seeds(results)}
         for line in (*describe(result), *describe_seeds(results)):
             console.note(line)
         finish_run(folder, summary, result.policy, console)

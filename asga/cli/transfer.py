@@ -1,7 +1,6 @@
 """``asga transfer``: put a policy into a model for the target dataset and fine-tune it there."""
 
 import argparse
-import time
 
 from asga._files import save_tensors
 from asga.cli.console import Console
@@ -56,7 +55,6 @@ def run(options: argparse.Namespace) -> None:
     if not architecture:
         raise ValueError("--model is needed: the policy does not name its architecture")
     check_at_least_one(options, "epochs", "float_epochs", "seeds")
-    started = time.perf_counter()
     with Console() as console:
         train, val = open_batches(options, console)
         build = model_factory(architecture, train, options.device)
@@ -103,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
         show_table(console, f"{data_name(options.data)}, {architecture}", table)
         result = {
             "command": "transfer",
-            "seconds": time.perf_counter() - started,
+            "seconds": folder.seconds(),
             "table": table,
             "normalization": {"mean": train.mean, "std": train.std},
         }

@@ -26,7 +26,7 @@ from asga.search.space import SearchSpace
 from asga.search.trained import Search
 from asga.search.untrained import score_candidates
 from asga.steps import LossFunction
-from asga.training import Progress, Stage, count_batches, first_batches
+from asga.training import CHECKPOINT_EVERY, Progress, Stage, count_batches, first_batches
 
 
 class PolicySearcher:
@@ -64,6 +64,8 @@ class PolicySearcher:
         loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits
             ``[B, classes]``; another one takes whatever logits and labels it is made for.
         autocast: Run the model under autocast to this dtype.
+        checkpoint_every: Steps of an epoch between checkpoints; there is one at its end, too. One of them is what the
+            search goes back to when its loss stays NaN.
         folder: Where metrics and checkpoints go; with a checkpoint in it, `fit` resumes.
         progress: Called after every step.
         stage: The name of this search in metrics and checkpoints.
@@ -98,6 +100,7 @@ class PolicySearcher:
         example_inputs: ExampleInputs | None = None,
         loss_fn: LossFunction = functional.cross_entropy,
         autocast: torch.dtype | None = None,
+        checkpoint_every: int = CHECKPOINT_EVERY,
         folder: RunFolder | None = None,
         progress: Callable[[Progress], None] | None = None,
         stage: str = "search",
@@ -110,6 +113,7 @@ class PolicySearcher:
             "epochs": epochs,
             "calibration_batches": calibration_batches,
             "measure_batches": measure_batches,
+            "checkpoint_every": checkpoint_every,
         }
         for name, value in counts.items():
             if value < 1:
@@ -125,7 +129,7 @@ class PolicySearcher:
         self.calibration_batches, self.measure_batches = calibration_batches, measure_batches
         self.example_inputs = example_inputs
         self.loss_fn, self.autocast = loss_fn, autocast
-        self.folder, self.progress, self.stage = folder, progress, stage
+        self.checkpoint_every, self.folder, self.progress, self.stage = checkpoint_every, folder, progress, stage
         self.meta = dict(meta or {})
 
     def fit(self, loader: Iterable[Batch]) -> SearchResult:
@@ -152,7 +156,15 @@ class PolicySearcher:
         """
         if self.method in TRAINED:
             search = self.start(loader)
-            stage = Stage(self.stage, self.epochs, search.parts, folder=self.folder, progress=self.progress)
+            stage = Stage(
+                self.stage,
+                self.epochs,
+                search.parts,
+                recovery=search.recovery,
+                checkpoint_every=self.checkpoint_every,
+                folder=self.folder,
+                progress=self.progress,
+            )
             history = stage.run(loader, search.step, search.end_epoch)
             search.relaxation.remove()
             mixed, profiles = search.model, search.profiles

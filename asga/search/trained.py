@@ -12,14 +12,14 @@ from asga.nn import parameter_groups
 from asga.nn.layers import QuantizedLayer
 from asga.optim import ASGA
 from asga.optim.guarded import GuardedSGD
+from asga.recovery import Recovery, halve_steps
 from asga.search.costs import LayerProfile
 from asga.search.dual import DualAscent
 from asga.search.expected import ExpectedCosts
 from asga.search.methods import SGD, TRAINED
 from asga.search.relaxation import Relaxation
 from asga.search.result import LogProbabilities
-from asga.steps import cosine_with_warmup, finite, training_step
-from asga.training import LossWatch
+from asga.steps import StepReport, cosine_with_warmup, finite, training_step
 
 if TYPE_CHECKING:
     from asga.search.searcher import PolicySearcher
@@ -32,6 +32,7 @@ class Search:
         model: The mixture.
         profiles: What its layers cost.
         parts: Everything that changes in a step, by name.
+        recovery: What takes model and optimizers back when steps are left out again and again.
         relaxation: The probabilities of the candidates.
     """
 
@@ -56,16 +57,11 @@ class Search:
         )
         self._scheduler = cosine_with_warmup(self._optimizer, steps, options.warmup)
         self._dual = DualAscent(list(limits), steps)
-        self._watch = LossWatch(steps)
-        self.parts = {
-            "model": mixed,
-            "optimizer": self._optimizer,
-            "logit_optimizer": self._logit_optimizer,
-            "scheduler": self._scheduler,
-            "dual": self._dual,
-        }
+        going_back = {"model": mixed, "optimizer": self._optimizer, "logit_optimizer": self._logit_optimizer}
+        self.recovery = Recovery(going_back, halve_steps(self._optimizer, self._scheduler), steps)
+        self.parts = {**going_back, "scheduler": self._scheduler, "dual": self._dual}
 
-    def step(self, inputs: Inputs, labels: Tensor) -> dict[str, float]:
+    def step(self, inputs: Inputs, labels: Tensor) -> StepReport:
         """Train on one batch.
 
         Args:
@@ -73,20 +69,19 @@ class Search:
             labels: Its labels.
 
         Returns:
-            Loss and, where labels are classes, accuracy of the mixture before the step.
+            Loss and, where labels are classes, accuracy of the mixture before the step; whether the step was left out.
 
         Raises:
-            TrainingError: The labels do not fit, or the loss has not been finite for several steps.
+            TrainingError: The labels do not fit.
         """
         self.relaxation.set_temperature(self._temperature())
         self.relaxation.draw()
         loss = {"loss_fn": self._options.loss_fn, "autocast": self._options.autocast}
-        metrics = training_step(self.model, self._optimizer, inputs, labels, **loss)
-        self._watch.check(metrics["loss"])
+        report = training_step(self.model, self._optimizer, inputs, labels, **loss)
         # The logits have the gradient of the second pass: that at the perturbed weights, as for SAM.
-        self._update_logits()
+        self._update_logits(skipped=report.skipped)
         self._scheduler.step()
-        return metrics
+        return report
 
     def end_epoch(self, epoch: int) -> dict[str, object]:
         """Log the probabilities; returns what else to log of an epoch."""
@@ -122,14 +117,14 @@ class Search:
             for name, layer in self._layers.items()
         }
 
-    def _update_logits(self) -> None:
-        """Add the gradient of what the policy costs, and step; nothing but the multiplier moves if it is not finite."""
+    def _update_logits(self, *, skipped: bool) -> None:
+        """Add the gradient of what the policy costs, and step; in a step left out nothing but the multiplier moves."""
         expected = self._costs(self.relaxation.probs())
         penalty = self._dual.penalty(expected)
         if penalty.requires_grad:  # not if every layer has a single candidate
             penalty.backward()
         gradients = [p.grad for p in self.relaxation.logits if p.grad is not None]
-        if math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
+        if not skipped and math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
             self._logit_optimizer.step()
         self._dual.update(dict(zip(expected, torch.stack(list(expected.values())).tolist(), strict=True)))
 

@@ -39,6 +39,9 @@ def test_stopped_and_resumed(run, short, monkeypatch, tmp_path):
     assert [row["seeds"] for row in result["table"]] == [2, 2, 2]
     assert result["table"][2]["bitops_share"] <= 1
     assert result["cost_shares"]["policy"]["bitops"] <= 1
+    # The time before the stop, too.
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert result["seconds"] == pytest.approx(sum(line["seconds"] for line in lines if line["event"] == "epoch"))
     assert {"policy.json", "search-seed0.json", "search-seed1.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
 
 

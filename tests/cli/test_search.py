@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import signal
 
@@ -168,13 +170,54 @@ class TestResume:
         (tmp_path / "run" / name).write_bytes(b"damaged")
         assert name in fails(*search_arguments, "--resume")
 
-    def test_damaged_checkpoint_is_named(self, fails, search_arguments, tmp_path, whole):
-        """A search that is finished needs none any more."""
-        shutil.copytree(whole, tmp_path / "run")
-        stages = json.loads((whole / "stages.json").read_text())
-        (tmp_path / "run" / "stages.json").write_text(json.dumps({"float": stages["float"]}))
-        (tmp_path / "run" / "checkpoint.pt").write_bytes(b"damaged")
-        assert "checkpoint.pt" in fails(*search_arguments, "--resume")
+    def _stop_in_the_search(self, run, search_arguments, monkeypatch) -> None:
+        show = Console.progress
+
+        def interrupt(self, state):
+            show(self, state)
+            if (state.stage, state.epoch, state.step) == ("search/seed0", 2, 2):
+                signal.raise_signal(signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Console, "progress", interrupt)
+            assert run(*search_arguments)[0] == 130
+
+    def test_damaged_checkpoint(self, run, search_arguments, monkeypatch, tmp_path, whole, run_contents):
+        """The one before is used, and one line says so."""
+        self._stop_in_the_search(run, search_arguments, monkeypatch)
+        path = tmp_path / "run" / "checkpoint.pt"
+        path.write_bytes(path.read_bytes()[:-1000])
+        status, _, err = run(*search_arguments, "--resume")
+        assert status == 0
+        assert err.count("\n") == 1
+        assert err.startswith("asga: warning: run/checkpoint.pt is damaged (")
+        assert self._same(whole, tmp_path / "run", run_contents)
+
+    def test_damaged_checkpoints_are_named(self, run, fails, search_arguments, monkeypatch, tmp_path):
+        self._stop_in_the_search(run, search_arguments, monkeypatch)
+        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+            (tmp_path / "run" / name).write_bytes(b"damaged")
+        err = fails(*search_arguments, "--resume")
+        assert "run/checkpoint.pt (BadZipFile) and run/checkpoint.previous.pt (BadZipFile) cannot be read" in err
+
+    def test_full_disk(self, run, fails, search_arguments, monkeypatch, tmp_path, whole, run_contents):
+        """The sixth flush is that of a checkpoint or of metrics in the middle of the float model."""
+        calls, fsync = [], os.fsync
+
+        def fail(handle):
+            calls.append(1)
+            if len(calls) == 6:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return fsync(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            err = fails(*search_arguments)
+        assert "could not be" in err
+        assert "No space left on device" in err
+        assert err.count("\n") == 1
+        assert run(*search_arguments, "--resume")[0] == 0
+        assert self._same(whole, tmp_path / "run", run_contents)
 
 
 SEEDS = ("--seeds", "3", "--seed", "5")

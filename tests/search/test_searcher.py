@@ -146,7 +146,7 @@ class TestResult:
         torch.manual_seed(0)
         started = PolicySearcher(tiny_net(), budget=W4A4, epochs=1, method=method).start(batches)
         for inputs, labels in batches:
-            assert started.step(inputs, labels).keys() == {"loss", "accuracy"}
+            assert started.step(inputs, labels).metrics.keys() == {"loss", "accuracy"}
         assert started.log_probs() == result.log_probs
 
     @METHODS
@@ -309,10 +309,31 @@ class TestNotFinite:
                 folder=folder,
                 loss_fn=lambda logits, labels: logits.sum() * math.nan,
             )
-        state = folder.load_checkpoint()["parts"]["model"]  # of the first epoch
-        assert all(torch.isfinite(value).all() for value in state.values())
-        assert torch.equal(state["conv2.weight"], tiny_net().conv2.weight)
-        assert torch.equal(state["conv2.weight_quantizer.logits"], torch.zeros(5))
+        assert folder.load_checkpoint() is None  # no state has been good
+
+    @METHODS
+    def test_goes_back_when_it_goes_on(self, tiny_net, labeled_batches, tmp_path, bits_of, method):
+        """Eleven bad batches of fourteen, one after the other, in each epoch."""
+        batches = labeled_batches(14)
+        for inputs, _ in batches[2:13]:
+            inputs[:] = math.nan
+        torch.manual_seed(0)
+        result = search(tiny_net(), batches, epochs=2, method=method, folder=RunFolder(tmp_path, "search", {}))
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        returns = [(line["epoch"], line["step"], line["what"]) for line in lines if line["event"] == "recovery"]
+        said = {
+            "asga": ("half the radius (rho_max is now 0.25)", "half the radius (rho_max is now 0.125)"),
+            "sgd": ("half the learning rate", "half the learning rate"),
+        }[method]
+        problem = "the loss is nan for 10 steps in a row: back to"
+        assert returns == [
+            (1, 12, f"{problem} epoch 1, step 0, {said[0]}"),
+            (2, 12, f"{problem} epoch 2, step 0, {said[1]}"),
+        ]
+        assert [record["skipped_steps"] for record in result.history] == [11, 11]
+        assert all(math.isfinite(p) for found in result.log_probs.values() for p in (*found.weight, *found.act))
+        # Time goes on: the temperature has come down as far as ever.
+        assert result.history[-1]["temperature"] == pytest.approx(0.2)
 
 
 class _SideLayer(nn.Module):
