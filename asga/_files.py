@@ -88,10 +88,19 @@ def read_json(path: str | os.PathLike) -> dict[str, object]:
 
 
 def save_tensors(path: str | os.PathLike, value: object, *, keep: Path | None = None) -> None:
-    """`torch.save`, atomically. Keep to tensors and plain containers: loading is with ``weights_only=True``."""
+    """`torch.save`, atomically, of tensors and plain containers: loading is with ``weights_only=True``.
+
+    Raises:
+        TypeError: There is something else in it, such as a number of NumPy's, which could not be loaded.
+        OSError: As for `write_atomic`.
+    """
     # Not to the file itself: where the disk is full, torch's writer says "unexpected pos", not what happened.
     buffer = io.BytesIO()
     torch.save(value, buffer)
+    buffer.seek(0)
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+    if foreign:
+        raise TypeError(f"{path} would hold more than tensors and plain containers: {', '.join(sorted(foreign))}")
     write_atomic(path, buffer.getbuffer(), keep=keep)
 
 

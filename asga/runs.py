@@ -98,7 +98,9 @@ class RunFolder:
             save_tensors(self._checkpoint, checkpoint, keep=self._previous)
         except OSError as error:
             newest = next((path for path in (self._checkpoint, self._previous) if path.exists()), None)
-            before = "there is none before it" if newest is None else f"{newest} stays: make room and resume from it"
+            before = "there was none before it"
+            if newest is not None:
+                before = f"the one before it stays, in {newest.name}: make room and resume"
             message = f"{error.strerror}; {before}"
             raise OSError(error.errno, message) from error
 

@@ -1,6 +1,9 @@
 import errno
 import os
+from collections import OrderedDict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +83,26 @@ class TestWriteAtomic:
     def test_other_errors_keep_their_class(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="could not be created"):
             write_atomic(tmp_path / "nowhere" / "a", "")
+
+
+class TestSaveTensors:
+    def test_round_trip(self, tmp_path):
+        value = {"tensors": [torch.arange(3)], "numbers": (1, 0.5, None), "states": OrderedDict(a=torch.zeros(2))}
+        save_tensors(tmp_path / "a", value)
+        loaded = torch.load(tmp_path / "a", weights_only=True)
+        assert loaded["tensors"][0].tolist() == [0, 1, 2]
+        assert loaded["numbers"] == (1, 0.5, None)
+
+    @pytest.mark.parametrize(
+        "value", [np.float64(1.0), {"a": [np.zeros(2)]}, Path("x")], ids=["number", "list", "path"]
+    )
+    def test_what_could_not_be_loaded_is_refused(self, tmp_path, value):
+        """Now, not when it is needed."""
+        save_tensors(tmp_path / "a", 1)
+        with pytest.raises(TypeError, match=r"a would hold more than tensors and plain containers: (numpy|pathlib)"):
+            save_tensors(tmp_path / "a", value)
+        assert torch.load(tmp_path / "a", weights_only=True) == 1
+        assert names(tmp_path) == ["a"]
 
 
 class TestAppendLine:

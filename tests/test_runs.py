@@ -209,7 +209,9 @@ class TestCheckpoint:
         limit = size_limit(1000) if kind == "written" else contextlib.nullcontext()
         if kind != "written":
             fail("fsync" if kind == "flushed to disk" else "replace", int(kind.endswith("moved") and before > 0))
-        stays = r"checkpoint(\.previous)?\.pt stays: make room and resume" if before else "there is none before it"
+        stays = "there was none before it"
+        if before > 0:
+            stays = r"the one before it stays, in checkpoint(\.previous)?\.pt: make room and resume"
         failing = kind.partition(",")[0]
         message = rf"checkpoint\.pt could not be {failing}: (No space left on device|File too large); .*{stays}"
         with limit, pytest.raises(OSError, match=message):

@@ -282,6 +282,34 @@ class TestStage:
         assert again.seen == whole.seen
         assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"epochs": 4}, "stage 'walk' was made with 3 epochs, now there are 4: resume with the same"),
+            ({"loader": [(torch.zeros(1), torch.zeros(1))]}, "was made with 3 batches an epoch, now there are 1"),
+        ],
+        ids=["epochs", "data"],
+    )
+    def test_of_another_length_is_not_resumed(self, tmp_path, change, message):
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(tmp_path, _shuffled(), at=4, end=lambda: signal.raise_signal(signal.SIGINT))
+        options = {"loader": _shuffled(), **change}
+        with pytest.raises(ValueError, match=message):
+            run_stage(tmp_path, options.pop("loader"), resume=True, **options)
+
+    def test_workers(self, tmp_path, run_contents):
+        """Their random numbers too are those of a run that was never stopped."""
+
+        def loader():
+            return DataLoader(_Jittered(), batch_size=2, shuffle=True, num_workers=2)
+
+        whole, _ = run_stage(tmp_path / "whole", loader(), epochs=2)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(tmp_path / "parts", loader(), at=5, end=lambda: signal.raise_signal(signal.SIGTERM), epochs=2)
+        again, _ = run_stage(tmp_path / "parts", loader(), resume=True, epochs=2)
+        assert again.seen == whole.seen
+        assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
+
     def test_complete_runs_no_step_again(self, tmp_path, bits_of):
         whole, history = run_stage(tmp_path, _shuffled())
         again, same = run_stage(tmp_path, _shuffled(), at=1, end=_kill, resume=True)

@@ -41,9 +41,8 @@ def search(path):
     torch.manual_seed(1)
     random.seed(1)  # Python draws a new one in every child
     loader = DataLoader(TensorDataset(images, labels), batch_size=8, shuffle=True)
-    searcher = asga.PolicySearcher(
-        net(), budget=asga.Budget(bitops="w3a3"), epochs=6, checkpoint_every=2, folder=folder
-    )
+    options = {"epochs": 6, "checkpoint_every": 2, "measure_batches": 1}
+    searcher = asga.PolicySearcher(net(), budget=asga.Budget(bitops="w3a3"), folder=folder, **options)
     result = searcher.fit(loader)
     result.save(path / "search.json")
     result.policy.save(path / "policy.json")
