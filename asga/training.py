@@ -1,21 +1,17 @@
 """Training loops that can be watched, interrupted and resumed, and the batches they run on."""
 
 import itertools
-import random
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from asga._batches import Batch, Inputs, all_finite, split
+from asga._random import random_state, set_random_state
+from asga._signals import StopSignal
 from asga.recovery import Recovery, Stateful, copied, describe
 from asga.runs import RunFolder
 from asga.steps import StepReport, TrainingError, finite
@@ -93,7 +89,7 @@ class Stage:
         self._averages = _Averages()
         self._seconds = 0.0
         self._history: list[dict[str, object]] = []
-        self._random_at_epoch = _random_state()
+        self._random_at_epoch = random_state()
         self._pending: _Snapshot | None = None
 
     def run(
@@ -123,12 +119,12 @@ class Stage:
         self._steps = count_batches(loader)
         if not self._resume():
             self._recovery.keep(self._snapshot().state["parts"], self._where())
-        with _StopSignal() as stop:
+        with StopSignal() as stop:
             while self._epoch < self._epochs:
                 self._run_epoch(loader, step, end_epoch, stop)
         return self._history
 
-    def _run_epoch(self, loader, step, end_epoch, stop: "_StopSignal") -> None:
+    def _run_epoch(self, loader, step, end_epoch, stop: StopSignal) -> None:
         started = time.perf_counter() - self._seconds
         for inputs, labels in self._batches(loader):
             report = step(inputs, labels)
@@ -179,7 +175,7 @@ class Stage:
                 self._folder.log(event="recovery", **position, what=went_back)
         return went_back or note
 
-    def _save(self, stop: "_StopSignal", *, due: bool) -> None:
+    def _save(self, stop: StopSignal, *, due: bool) -> None:
         """Make a checkpoint if it is due, write one if the process is to stop or this is the end; then stop.
 
         A step tells what the state before it was worth. So a checkpoint is written after the next step, when it is
@@ -188,6 +184,7 @@ class Stage:
         if due:
             self._pending = self._snapshot()
         if self._epoch == self._epochs:
+            self._pending.state["recovery"]["good"] = None  # there are no steps to go back from
             self._write(self._pending)
         elif stop.requested:
             now = self._pending if due else self._snapshot()
@@ -222,7 +219,7 @@ class Stage:
             "seconds": self._seconds,
             "averages": self._averages.state(),
             "history": list(self._history),
-            "random": _random_state(),
+            "random": random_state(),
             "random_at_epoch": self._random_at_epoch,
             "parts": {name: copied(part.state_dict()) for name, part in self._parts.items()},
             "recovery": self._recovery.state_dict(),
@@ -236,12 +233,12 @@ class Stage:
     def _batches(self, loader: Iterable[Batch]) -> Iterator[tuple[Inputs, Tensor]]:
         """What is left of the epoch. A loader draws its order when the epoch begins: from that random state."""
         if self._step == 0:
-            self._random_at_epoch = _random_state()
+            self._random_at_epoch = random_state()
             return batches_from(loader, self._epoch)
-        now = _random_state()
-        _set_random_state(self._random_at_epoch)
+        now = random_state()
+        set_random_state(self._random_at_epoch)
         batches = batches_from(loader, self._epoch, self._step)
-        _set_random_state(now)
+        set_random_state(now)
         return batches
 
     def _resume(self) -> bool:
@@ -265,7 +262,7 @@ class Stage:
         self._epoch, self._step, self._seconds = state["epoch"], state["step"], state["seconds"]
         self._skipped, self._averages = state["skipped"], _Averages(**state["averages"])
         self._history, self._random_at_epoch = state["history"], state["random_at_epoch"]
-        _set_random_state(state["random"])
+        set_random_state(state["random"])
         return True
 
 
@@ -343,45 +340,3 @@ class _Averages:
 
     def state(self) -> dict[str, dict[str, float]]:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
-
-
-class _StopSignal:
-    """Turns the first SIGINT or SIGTERM into a flag; the second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous = {}
-
-    def __enter__(self) -> "_StopSignal":
-        # Only the main thread may set handlers; elsewhere, whoever owns the process decides.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(number, self._previous[number])
-
-
-def _random_state() -> dict[str, object]:
-    """Of all generators that a loader, an augmentation or a model may draw from, in tensors and plain containers."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": (name, keys.tolist(), *rest),
-        "python": random.getstate(),
-    }
-
-
-def _set_random_state(state: dict[str, object]) -> None:
-    torch.set_rng_state(state["cpu"])
-    for device in range(min(len(state["cuda"]), torch.cuda.device_count())):  # it may be resumed with fewer of them
-        torch.cuda.set_rng_state(state["cuda"][device], device)
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
