@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from asga._batches import Batch, Inputs, all_finite, split
-from asga._random import random_state, set_random_state
+from asga._random import generators_of, random_state, set_random_state
 from asga._signals import StopSignal
 from asga.recovery import Recovery, Stateful, copied, describe
 from asga.runs import RunFolder
@@ -89,7 +90,8 @@ class Stage:
         self._averages = _Averages()
         self._seconds = 0.0
         self._history: list[dict[str, object]] = []
-        self._random_at_epoch = random_state()
+        self._generators: list[torch.Generator] = []
+        self._random_at_epoch: dict[str, object] = {}
         self._pending: _Snapshot | None = None
 
     def run(
@@ -102,8 +104,9 @@ class Stage:
 
         Args:
             loader: Batches of a form that `asga.evaluate` takes; anything with a length. `asga.data.Batches` resumes
-                inside an epoch at no cost; other loaders are run through up to the batch, and give the same batches
-                only if they draw them from the global generators of torch, NumPy or Python, or not at all.
+                inside an epoch at no cost; other loaders are run through up to the batch, and give the same batches if
+                what is random comes from the generator of a `DataLoader`, from the global ones of torch, NumPy or
+                Python, or from workers that do not persist.
             step: Trains on one batch.
             end_epoch: Returns what else to log; called with the epoch, counted from 1.
 
@@ -116,7 +119,7 @@ class Stage:
             TrainingError: Step after step is left out, and going back does not help.
             ValueError: The loader is empty or has no length, or the checkpoint is of a stage of another length.
         """
-        self._steps = count_batches(loader)
+        self._steps, self._generators = count_batches(loader), generators_of(loader)
         if not self._resume():
             self._recovery.keep(self._snapshot().state["parts"], self._where())
         with StopSignal() as stop:
@@ -219,7 +222,7 @@ class Stage:
             "seconds": self._seconds,
             "averages": self._averages.state(),
             "history": list(self._history),
-            "random": random_state(),
+            "random": random_state(self._generators),
             "random_at_epoch": self._random_at_epoch,
             "parts": {name: copied(part.state_dict()) for name, part in self._parts.items()},
             "recovery": self._recovery.state_dict(),
@@ -232,13 +235,13 @@ class Stage:
 
     def _batches(self, loader: Iterable[Batch]) -> Iterator[tuple[Inputs, Tensor]]:
         """What is left of the epoch. A loader draws its order when the epoch begins: from that random state."""
+        now = random_state(self._generators)
         if self._step == 0:
-            self._random_at_epoch = random_state()
+            self._random_at_epoch = now
             return batches_from(loader, self._epoch)
-        now = random_state()
-        set_random_state(self._random_at_epoch)
+        set_random_state(self._random_at_epoch, self._generators)
         batches = batches_from(loader, self._epoch, self._step)
-        set_random_state(now)
+        set_random_state(now, self._generators)
         return batches
 
     def _resume(self) -> bool:
@@ -262,7 +265,7 @@ class Stage:
         self._epoch, self._step, self._seconds = state["epoch"], state["step"], state["seconds"]
         self._skipped, self._averages = state["skipped"], _Averages(**state["averages"])
         self._history, self._random_at_epoch = state["history"], state["random_at_epoch"]
-        set_random_state(state["random"])
+        set_random_state(state["random"], self._generators)
         return True
 
 

@@ -3,9 +3,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from asga._files import save_tensors
-from asga._random import random_state, set_random_state
+from asga._random import generators_of, random_state, set_random_state
 
 
 def draws() -> list[float]:
@@ -31,3 +32,24 @@ def test_devices_that_are_gone_are_passed_over():
     present = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     set_random_state({**state, "cuda": [*present, torch.zeros(16, dtype=torch.uint8)]})
     assert draws() == expected
+
+
+def test_further_generators():
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    state = random_state(generators)
+    expected = [torch.rand(3, generator=generator) for generator in generators]
+    set_random_state(state, generators)
+    assert all(torch.equal(torch.rand(3, generator=g), e) for g, e in zip(generators, expected, strict=True))
+
+
+class TestGeneratorsOf:
+    def test_data_loaders(self):
+        data, first, second = range(4), torch.Generator(), torch.Generator()
+        sampler = RandomSampler(data, generator=second)
+        assert generators_of(DataLoader(data, shuffle=True)) == []
+        assert generators_of(DataLoader(data, shuffle=True, generator=first)) == [first]
+        assert generators_of(DataLoader(data, sampler=sampler, generator=first)) == [first, second]
+        assert generators_of(DataLoader(data, batch_sampler=BatchSampler(sampler, 2, False))) == [second]
+
+    def test_other_loaders_have_none(self):
+        assert generators_of([]) == []

@@ -117,6 +117,9 @@ def _augmented() -> Batches:
 LOADERS = {
     "list": lambda: [(x[None], y[None]) for x, y in pairs(3)],
     "shuffled": _shuffled,
+    "own generator": lambda: DataLoader(
+        pairs(6), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(5)
+    ),
     "random items": lambda: DataLoader(_Jittered(), batch_size=2, shuffle=True),
     "distributed": lambda: DataLoader(
         pairs(6), batch_size=2, sampler=DistributedSampler(pairs(6), num_replicas=1, rank=0)
