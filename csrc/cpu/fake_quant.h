@@ -61,11 +61,12 @@ void fake_quant_backward(const FakeQuant<compute_t<scalar_t>>& op, const scalar_
   parallel(work, [&](int64_t begin, int64_t end) {
     loops.backward(work, table.view(), g, x, dx, terms, sums.data(), past_caches, begin, end);
   });
-  for_each_total(work, sums, terms, [&](int term, int64_t c, double total) {
+  for_each_total(work, sums, terms, [&](int term, const double* totals) {
+    const int64_t channels = op.layout.channels;
     if (term == 0)
-      grad_scale[c] = static_cast<compute>(total);
+      for (int64_t c = 0; c < channels; ++c) grad_scale[c] = static_cast<compute>(totals[c]);
     else
-      grad_zero_point[c] = static_cast<compute>(-total * op.scale[c]);
+      for (int64_t c = 0; c < channels; ++c) grad_zero_point[c] = static_cast<compute>(-totals[c] * op.scale[c]);
   });
 }
 

@@ -79,15 +79,18 @@ void mixed_fake_quant_backward(const MixedFakeQuant<compute_t<scalar_t>>& op, co
     loops.backward(work, table.view(), g, x, dx, terms, sums.data(), past_caches, begin, end);
   });
   double prob_totals[kMaxCandidates] = {};
-  for_each_total(work, sums, op.candidates * terms, [&](int index, int64_t c, double total) {
-    const int k = index / terms;
-    const int64_t at = k * op.layout.channels + c;
-    if (index % terms == 0)
-      grad_scales[at] = static_cast<compute>(total * op.probs[k]);
-    else if (index % terms == 1)
-      prob_totals[k] += total * op.scales[at];
+  for_each_total(work, sums, op.candidates * terms, [&](int index, const double* totals) {
+    const int k = index / terms, term = index % terms;
+    const int64_t channels = op.layout.channels, first = k * channels;
+    const compute* scales = op.scales + first;
+    const double prob = op.probs[k];
+    if (term == 0)
+      for (int64_t c = 0; c < channels; ++c) grad_scales[first + c] = static_cast<compute>(totals[c] * prob);
+    else if (term == 1)
+      for (int64_t c = 0; c < channels; ++c) prob_totals[k] += totals[c] * scales[c];
     else
-      grad_zero_points[at] = static_cast<compute>(-total * op.probs[k] * op.scales[at]);
+      for (int64_t c = 0; c < channels; ++c)
+        grad_zero_points[first + c] = static_cast<compute>(-totals[c] * prob * scales[c]);
   });
   for (int k = 0; k < op.candidates; ++k) grad_probs[k] = static_cast<compute>(prob_totals[k]);
 }

@@ -50,17 +50,24 @@ class Table {
   std::vector<compute> values_;
 };
 
-// Calls f(term, channel, total) with the sums [slots, terms, lines] of each channel, added up in a fixed order.
+// Calls f(term, totals) with the sums [slots, terms, lines] added up for each channel, in a fixed order.
 template <typename F>
 void for_each_total(const Work& work, const std::vector<double>& sums, int64_t terms, const F& f) {
   std::vector<double> totals(work.layout.channels);
   for (int64_t term = 0; term < terms; ++term) {
-    for (double& total : totals) total = 0.0;
-    for (int64_t slot = 0; slot < work.slots; ++slot) {
-      const double* from = sums.data() + (slot * terms + term) * work.lines;
-      for (int64_t line = 0; line < work.lines; ++line) totals[work.channel_of(line)] += from[line];
+    const double* from = sums.data() + term * work.lines;
+    if (work.columns) {
+      for (double& total : totals) total = 0.0;
+      for (int64_t slot = 0; slot < work.slots; ++slot)
+        for (int64_t line = 0; line < work.lines; ++line)
+          totals[work.channel_of(line)] += from[slot * terms * work.lines + line];
+    } else {
+      for (int64_t c = 0; c < work.layout.channels; ++c) {
+        totals[c] = from[c];
+        for (int64_t slot = 1; slot < work.slots; ++slot) totals[c] += from[slot * terms * work.lines + c];
+      }
     }
-    for (int64_t c = 0; c < work.layout.channels; ++c) f(static_cast<int>(term), c, totals[c]);
+    f(static_cast<int>(term), totals.data());
   }
 }
 

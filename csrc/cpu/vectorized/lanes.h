@@ -272,11 +272,18 @@ ASGA_INLINE void copy_registers(V (&to)[kRows][kColumns], const V (&from)[kRows]
 
 // A register of floats as two of doubles.
 ASGA_INLINE void widen(Floats value, Doubles* to) {
+#if defined(__AVX512F__)
+  // Not by way of memory, where a part of what has just been stored takes long to load.
+  const __m512 floats = reinterpret_cast<__m512>(value);
+  to[0] = reinterpret_cast<Doubles>(_mm512_cvtps_pd(_mm512_castps512_ps256(floats)));
+  to[1] = reinterpret_cast<Doubles>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(floats, 1)));
+#else
   typedef float HalfFloats __attribute__((vector_size(kRegisterBytes / 2)));
   HalfFloats halves[2];
   memcpy(halves, &value, sizeof value);
   to[0] = __builtin_convertvector(halves[0], Doubles);
   to[1] = __builtin_convertvector(halves[1], Doubles);
+#endif
 }
 ASGA_INLINE void widen(Doubles value, Doubles* to) { *to = value; }
 
@@ -299,17 +306,6 @@ template <typename V>
 ASGA_INLINE void add_lanes(double* to, const V* parts, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane)
     to[lane] += static_cast<double>(parts[lane / kWidth<V>][lane % kWidth<V>]);
-}
-
-// Rounds half to even, but may give -0.0: one instruction where there is one. Only for terms of sums.
-template <typename V>
-ASGA_INLINE V round_to_term(V x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if constexpr (kWidth<V> == 8)
-    return reinterpret_cast<V>(
-        _mm256_round_ps(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#endif
-  return round_half_even(x);
 }
 
 }  // namespace

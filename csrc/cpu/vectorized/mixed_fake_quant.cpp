@@ -1,12 +1,15 @@
 #include "mixed_fake_quant.h"
 
+#include "arithmetic.h"
 #include "sweep.h"
 
 namespace asga {
 namespace {
 
 // Values are taken in blocks of a few registers, and all of a block through one candidate before the next: so the
-// parameters and sums of a single candidate are in registers, and sixteen of those are enough for any K.
+// parameters and sums of a single candidate are in registers, and sixteen of those are enough for any K. Within a
+// candidate each operation is done to the whole block before the next one: each waits for the one before it, and the
+// fewer wait at a time, the more of the others a processor sees.
 template <typename V>
 constexpr int kBlockPacks = kRegisters<V> < 4 ? 4 / kRegisters<V> : 1;
 
@@ -67,10 +70,15 @@ struct Forward {
     load_parameters<V, kColumns>(weight, grids.weight + at);
     load_parameters<V, kColumns>(low, grids.low + at);
     load_parameters<V, kColumns>(high, grids.high + at);
-    for (int j = 0; j < N; ++j) {
-      const V term = quantize(values[j] * inverse[j % R], low[j % R], high[j % R]).rounded * weight[j % R];
-      sums[j] = kFirst ? term : sums[j] + term;
-    }
+    V terms[N];
+    for (int j = 0; j < N; ++j) terms[j] = values[j] * inverse[j % R];
+    for (int j = 0; j < N; ++j) terms[j] = clamp_propagate_nan(terms[j], low[j % R], high[j % R]);
+    // round_half_even, its second half by other units than its first, and so with the sums.
+    const V constant = RoundingConstant<V>::value - V{};
+    for (int j = 0; j < N; ++j) terms[j] = subtract_by_fma(terms[j] + constant, constant);
+    for (int j = 0; j < N; ++j) terms[j] *= weight[j % R];
+    for (int j = 0; j < N; ++j)
+      sums[j] = kFirst ? terms[j] : j % 2 == 0 ? add_by_fma(terms[j], sums[j]) : sums[j] + terms[j];
   }
 };
 
@@ -120,8 +128,10 @@ struct Backward {
   ASGA_INLINE void add_sums(int64_t slot, int64_t line, int64_t count) {
     double* to = sums + slot * grids.candidates * kTerms * lines + line;
     for (int k = 0; k < grids.candidates; ++k)
-      for (int t = 0; t < kTerms; ++t, to += lines) add_terms<kColumns>(to, terms[k][t], count);
-    memset(terms, 0, grids.candidates * sizeof terms[0]);
+      for (int t = 0; t < kTerms; ++t, to += lines) {
+        add_terms<kColumns>(to, terms[k][t], count);
+        for (V& part : terms[k][t]) part = V{};
+      }
   }
 
  private:
@@ -129,7 +139,8 @@ struct Backward {
   template <int N>
   ASGA_INLINE void differentiate(int64_t line, const V (&grads)[N], const V (&values)[N], V (&passed)[N]) {
     for (int j = 0; j < N; ++j) passed[j] = V{};
-    for (int k = 0; k < grids.candidates; ++k) {
+    int k = 0;  // there is at least one: `passed` need not be in memory for the case of none
+    do {
       const int64_t at = k * grids.stride + line;
       const V prob = parameter<false, V>(grids.probs + k, 0);
       V inverse[R], low[R], high[R], local[kTerms][R];
@@ -137,16 +148,19 @@ struct Backward {
       load_parameters<V, kColumns>(low, grids.low + at);
       load_parameters<V, kColumns>(high, grids.high + at);
       copy_registers(local, terms[k]);
-      for (int j = 0; j < N; ++j) {
-        const V scaled = values[j] * inverse[j % R], clamped = clamp_propagate_nan(scaled, low[j % R], high[j % R]);
-        const Quantized<V> q{scaled, clamped, round_to_term(clamped)};
-        passed[j] += q.if_inside(prob);
-        local[0][j % R] += grads[j] * q.scale_term();
-        local[1][j % R] += grads[j] * q.rounded;
-        if constexpr (kTerms == 3) local[2][j % R] += q.if_outside(grads[j]);
-      }
+      V scaled[N], clamped[N], rounded[N];
+      for (int j = 0; j < N; ++j) scaled[j] = values[j] * inverse[j % R];
+      for (int j = 0; j < N; ++j) clamped[j] = clamp_propagate_nan(scaled[j], low[j % R], high[j % R]);
+      for (int j = 0; j < N; ++j) rounded[j] = round_to_term(clamped[j]);
+      for (int j = 0; j < N; ++j) passed[j] = add_if_equal(scaled[j], clamped[j], prob, passed[j]);
+      for (int j = 0; j < N; ++j) local[1][j % R] += grads[j] * rounded[j];
+      for (int j = 0; j < N; ++j) rounded[j] = subtract_if_equal(scaled[j], clamped[j], scaled[j], rounded[j]);
+      for (int j = 0; j < N; ++j) local[0][j % R] += grads[j] * rounded[j];
+      if constexpr (kTerms == 3)
+        for (int j = 0; j < N; ++j)
+          local[2][j % R] = add_if_not_equal(scaled[j], clamped[j], grads[j], local[2][j % R]);
       copy_registers(terms[k], local);
-    }
+    } while (++k < grids.candidates);
   }
 };
 
