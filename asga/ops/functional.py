@@ -10,6 +10,9 @@ from asga.ops.autograd import fake_quant_function, mixed_fake_quant_function
 from asga.ops.reference import INPUT_DTYPES, MAX_CANDIDATES
 from asga.ops.transforms import transformable, transforming
 
+# Grids reach this far from zero at most: sixteen bits, with either sign.
+_LARGEST = 2**16
+
 
 def fake_quant(
     input: Tensor,
@@ -122,7 +125,8 @@ def mixed_fake_quant(
     if len(quant_maxs) != candidates:
         raise ValueError(f"quant_maxs has {len(quant_maxs)} entries but quant_mins has {candidates}")
     for k, (low, high) in enumerate(zip(quant_mins, quant_maxs, strict=True)):
-        _check_range(f"quant_mins[{k}]", f"quant_maxs[{k}]", low, high)
+        if not -_LARGEST <= low < high <= _LARGEST:  # names take longer to make than the rest of the check
+            _check_range(f"quant_mins[{k}]", f"quant_maxs[{k}]", low, high)
     _check_scale("probs", probs, input, (candidates,))
     if group_size is not None:
         groups = _check_groups(input, axis, group_size)
@@ -166,7 +170,7 @@ def _check_input(input: Tensor, axis: int | None) -> int | None:
 def _check_range(name_min: str, name_max: str, quant_min: int, quant_max: int) -> None:
     if quant_min >= quant_max:
         raise ValueError(f"{name_min} is {quant_min}, which is not below {name_max} = {quant_max}")
-    if quant_min < -(2**16) or quant_max > 2**16:
+    if quant_min < -_LARGEST or quant_max > _LARGEST:
         raise ValueError(f"{name_min} = {quant_min}, {name_max} = {quant_max}: grids beyond 16 bits are not supported")
 
 
