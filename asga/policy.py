@@ -12,7 +12,15 @@ from asga._files import write_json
 
 MIN_BITS, MAX_BITS = 2, 8
 FLOAT_BITS = 32  # what a tensor that stays float counts in every cost
-_FORMAT, _VERSION = "asga.policy", 1
+# Small floats that a weight may be stored in, and what one value of them counts: E2M1 in blocks, and E4M3.
+SMALL_FLOATS = {"fp4": 4, "fp8": 8}
+# NVFP4: so many values of fp4 share a block scale. MXFP4 (32 values, scales that are powers of two) is coarser, and
+# TensorRT takes blocks of 16: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/_static/operators/DynamicQuantize.html
+FP4_BLOCK = 16
+_FORMAT, _VERSION = "asga.policy", 2
+
+# An integer grid by its bits, or a small float by its name.
+WeightBits = int | str
 
 
 @dataclass(frozen=True)
@@ -20,21 +28,27 @@ class LayerPolicy:
     """The bit-widths of one layer.
 
     Args:
-        weight_bits: 2 to 8, or None: the weight stays float and is counted as 32 bits.
-        act_bits: The same for the layer's input.
+        weight_bits: 2 to 8, ``"fp4"`` or ``"fp8"`` (see `asga.nn.FloatWeightQuantizer`), or None: the weight stays
+            float and is counted as 32 bits. ``"int4"`` is 4.
+        act_bits: 2 to 8 for the layer's input, or None.
 
     Raises:
-        TypeError: A bit-width is neither an integer nor None.
-        ValueError: A bit-width is outside 2..8.
+        TypeError: A bit-width is of another type.
+        ValueError: A bit-width is outside 2..8, or the name of no format.
     """
 
-    weight_bits: int | None
+    weight_bits: WeightBits | None
     act_bits: int | None
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "act_bits"):
-            if getattr(self, name) is not None:
-                check_bits(name, getattr(self, name))
+        if self.weight_bits is not None:
+            # The dataclass is frozen: the canonical form can only be put in place this way.
+            object.__setattr__(self, "weight_bits", check_weight_bits("weight_bits", self.weight_bits))
+        if self.act_bits is not None:
+            check_bits("act_bits", self.act_bits)
+
+    def __str__(self) -> str:
+        return f"w{self.weight_bits or FLOAT_BITS}a{self.act_bits or FLOAT_BITS}"
 
 
 class Policy(Mapping[str, LayerPolicy]):
@@ -85,7 +99,7 @@ class Policy(Mapping[str, LayerPolicy]):
         return len(self._layers)
 
     def __repr__(self) -> str:
-        return f"Policy({len(self)} layers: {' '.join(_short(layer) for layer in self.values())})"
+        return f"Policy({len(self)} layers: {' '.join(map(str, self.values()))})"
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(name) for name in self))
@@ -124,9 +138,13 @@ class Policy(Mapping[str, LayerPolicy]):
             )
 
     def to_dict(self) -> dict[str, object]:
-        """The policy as plain JSON values; `from_dict` reads them back."""
+        """The policy as plain JSON values; `from_dict` reads them back.
+
+        Its version is 2 if there is a small float, which readers of version 1 do not know, and 1 otherwise.
+        """
         layers = {name: asdict(layer) for name, layer in self.items()}
-        return {"format": _FORMAT, "version": _VERSION, "layers": layers, "meta": self.meta}
+        version = 2 if any(layer.weight_bits in SMALL_FLOATS for layer in self.values()) else 1
+        return {"format": _FORMAT, "version": version, "layers": layers, "meta": self.meta}
 
     @classmethod
     def from_dict(cls, data: object) -> "Policy":
@@ -199,6 +217,30 @@ def check_bits(name: str, bits: object) -> int:
     return bits
 
 
+def check_weight_bits(name: str, bits: object) -> WeightBits:
+    """Check what is given for the argument `name` as the format of a weight.
+
+    Returns:
+        An integer in 2..8, also for names like ``"int4"``, or ``"fp4"`` or ``"fp8"``.
+
+    Raises:
+        TypeError: It is neither an integer nor a string.
+        ValueError: It is an integer outside 2..8, or the name of no format.
+    """
+    if not isinstance(bits, str):
+        return check_bits(name, bits)
+    integers = {f"int{width}": width for width in range(MIN_BITS, MAX_BITS + 1)}
+    known = integers | {small: small for small in SMALL_FLOATS}
+    if bits not in known:
+        raise ValueError(f"{name} is {bits!r}; supported are {', '.join(known)}")
+    return known[bits]
+
+
+def bit_width(bits: WeightBits | None) -> int:
+    """What one value counts in costs: the bits of an integer or of a small float, 32 for None."""
+    return FLOAT_BITS if bits is None else SMALL_FLOATS.get(bits, bits)
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """The end of an error message about an unknown `name`: up to three of `names` that look like it."""
     nearest = difflib.get_close_matches(name, list(names), n=3)
@@ -238,9 +280,5 @@ def _listed(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(repr(name) for name in names[:most]) + more
 
 
-def _short(layer: LayerPolicy) -> str:
-    return f"w{layer.weight_bits or FLOAT_BITS}a{layer.act_bits or FLOAT_BITS}"
-
-
-def _shown(bits: int | None) -> str:
+def _shown(bits: WeightBits | None) -> str:
     return "float" if bits is None else str(bits)

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from asga.policy import LayerPolicy, Policy
+from asga.policy import LayerPolicy, Policy, bit_width
 
 LAYERS = {
     "conv1": LayerPolicy(8, 8),
@@ -39,6 +39,20 @@ class TestLayerPolicy:
     def test_refuses_other_types(self, bits):
         with pytest.raises(TypeError, match=r"act_bits is .*; an integer from 2 to 8 is needed"):
             LayerPolicy(4, bits)
+
+    @pytest.mark.parametrize(("given", "kept"), [("fp4", "fp4"), ("fp8", "fp8"), ("int4", 4), ("int2", 2), ("int8", 8)])
+    def test_formats_of_weights_by_name(self, given, kept):
+        assert LayerPolicy(given, 4).weight_bits == kept
+        assert LayerPolicy(given, 4) == LayerPolicy(kept, 4)
+
+    @pytest.mark.parametrize("name", ["fp6", "int9", "int1", "4", "FP8", ""])
+    def test_refuses_unknown_names(self, name):
+        with pytest.raises(ValueError, match=rf"weight_bits is '{name}'; supported are int2, .*, int8, fp4, fp8"):
+            LayerPolicy(name, 4)
+
+    def test_inputs_have_no_names(self):
+        with pytest.raises(TypeError, match="act_bits is 'fp8'; an integer"):
+            LayerPolicy(4, "fp8")
 
 
 class TestMapping:
@@ -117,6 +131,16 @@ class TestFile:
         assert data["layers"]["fc"] == {"weight_bits": None, "act_bits": None}
         assert data["meta"]["costs"] == {"bitops": 123}
 
+    def test_small_floats_are_of_version_2(self, tmp_path):
+        policy = Policy(LAYERS | {"fc": LayerPolicy("fp4", None), "head": LayerPolicy("fp8", 8)})
+        policy.save(tmp_path / "policy.json")
+        data = json.loads((tmp_path / "policy.json").read_text())
+        assert data["version"] == 2  # a reader of version 1 says that it is too old
+        assert data["layers"]["fc"] == {"weight_bits": "fp4", "act_bits": None}
+        assert Policy.load(tmp_path / "policy.json") == policy
+        assert repr(policy).endswith("wfp4a32 wfp8a8)")
+        assert str(policy).splitlines()[-1].split() == ["head", "fp8", "8"]
+
     def test_failed_save_keeps_the_old_file(self, policy, tmp_path, monkeypatch):
         path = tmp_path / "policy.json"
         policy.save(path)
@@ -154,8 +178,8 @@ class TestFile:
             Policy.load(tmp_path / "p.json")
 
     def test_newer_version_comes_before_what_else_is_unknown(self):
-        data = valid(version=2, layers={"fc": {"weight_format": "fp4"}})
-        with pytest.raises(ValueError, match=r"written by a newer asga .*; this one reads version <= 1"):
+        data = valid(version=3, layers={"fc": {"weight_format": "fp4"}})
+        with pytest.raises(ValueError, match=r"written by a newer asga .*; this one reads version <= 2"):
             Policy.from_dict(data)
 
     @pytest.mark.parametrize(
@@ -189,6 +213,11 @@ class TestFile:
     def test_what_is_wrong_is_named(self, data, message):
         with pytest.raises(ValueError, match=message):
             Policy.from_dict(data)
+
+
+@pytest.mark.parametrize(("bits", "width"), [(2, 2), (8, 8), ("fp4", 4), ("fp8", 8), (None, 32)])
+def test_bit_width(bits, width):
+    assert bit_width(bits) == width
 
 
 class TestCheckAgainst:

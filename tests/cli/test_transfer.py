@@ -237,13 +237,13 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"version": 2}, "written by a newer asga (policy version 2)"),
+            ({"version": 3}, "written by a newer asga (policy version 3)"),
             ({"format": "other"}, "not a policy"),
             ({"meta": {}}, "--model is needed"),
             ({"layers": {}}, "at least one layer"),
             ({"layers": {"0": {"weight_bits": 9, "act_bits": 8}}}, "layer '0': weight_bits is 9; supported are 2 to 8"),
             ({"layers": {"0": {"weight_bits": 1, "act_bits": 8}}}, "weight_bits is 1"),
-            ({"layers": {"0": {"weight_bits": "4", "act_bits": 8}}}, "weight_bits is '4'; an integer from 2 to 8"),
+            ({"layers": {"0": {"weight_bits": "4", "act_bits": 8}}}, "weight_bits is '4'; supported are int2, int3"),
         ],
         ids=["newer", "format", "no architecture", "empty", "9 bits", "1 bit", "text"],
     )
