@@ -1,20 +1,22 @@
 """Quantizers and quantized layers, their calibration, and what an optimizer needs to know about them."""
 
 from asga.nn.calibration import calibrate
+from asga.nn.float_quantizer import FloatWeightQuantizer
 from asga.nn.layers import MixedConv2d, MixedLinear, QuantConv2d, QuantizedLayer, QuantLinear
 from asga.nn.parameters import logits, parameter_groups
 from asga.nn.quantizable import find_quantizable
+from asga.nn.quantizer import Quantizer
 from asga.nn.quantizers import (
     ActQuantizer,
     MixedActQuantizer,
     MixedWeightQuantizer,
-    Quantizer,
     WeightQuantizer,
     set_temperature,
 )
 
 __all__ = [
     "ActQuantizer",
+    "FloatWeightQuantizer",
     "MixedActQuantizer",
     "MixedConv2d",
     "MixedLinear",

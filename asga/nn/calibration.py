@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from asga._batches import Batch, call, inputs_of, to_device
 from asga.nn.observer import ActStatistics
-from asga.nn.quantizers import ActQuantizer, MixedActQuantizer, Quantizer
+from asga.nn.quantizer import Quantizer
+from asga.nn.quantizers import ActQuantizer, MixedActQuantizer
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor | Batch]) -> None:

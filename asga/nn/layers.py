@@ -1,13 +1,15 @@
 """Convolutions and linear layers that quantize their weight and their input."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asga.nn.float_quantizer import FloatWeightQuantizer
 from asga.nn.quantizers import ActQuantizer, MixedActQuantizer, MixedWeightQuantizer, WeightQuantizer
+from asga.policy import WeightBits, check_weight_bits
 
-Bits = int | Sequence[int] | None
+Bits = WeightBits | Sequence[WeightBits] | None
 
 
 class QuantizedLayer(nn.Module):
@@ -18,7 +20,7 @@ class QuantizedLayer(nn.Module):
         act_quantizer: Applied to the input; `nn.Identity` where the input stays float.
     """
 
-    _quantizers: tuple[type[nn.Module], type[nn.Module]]
+    _quantizers: tuple[Callable[..., nn.Module], Callable[..., nn.Module]]
 
     def __init__(self, *args, weight_bits: Bits, act_bits: Bits, init: str = "mse", **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -33,8 +35,9 @@ class QuantizedLayer(nn.Module):
 
         Args:
             module: A layer of the type that this class derives from. It is left as it is.
-            weight_bits: Bit-width of the weight (mixed layers: the candidates), or None to leave it float.
-            act_bits: The same for the input.
+            weight_bits: Bits of the weight, ``"fp4"`` or ``"fp8"`` (mixed layers: the candidates), or None to leave
+                it float.
+            act_bits: Bits of the input, or None.
             init: Initial scales, "mse" or "lsq".
 
         Returns:
@@ -56,8 +59,8 @@ class QuantizedLayer(nn.Module):
         return layer
 
     @property
-    def weight_bits(self) -> int | tuple[int, ...] | None:
-        """Bit-width of the weight, candidates in a mixed layer, None where it stays float."""
+    def weight_bits(self) -> WeightBits | tuple[WeightBits, ...] | None:
+        """Bits or format of the weight, candidates in a mixed layer, None where it stays float."""
         return getattr(self.weight_quantizer, "bits", None)
 
     @property
@@ -92,18 +95,23 @@ class _Linear(QuantizedLayer, nn.Linear):
         return F.linear(self.act_quantizer(input), self.weight_quantizer(self.weight), self.bias)
 
 
+def _fixed_weight_quantizer(weight: Tensor, bits: WeightBits, *, init: str) -> nn.Module:
+    bits = check_weight_bits("bits", bits)
+    return (FloatWeightQuantizer if isinstance(bits, str) else WeightQuantizer)(weight, bits, init=init)
+
+
 class QuantConv2d(_Conv2d):
     """`nn.Conv2d` with a fixed bit-width for its weight and one for its input.
 
     Args:
         *args: Those of `nn.Conv2d`.
-        weight_bits: 2 to 8, or None to leave the weight float.
+        weight_bits: 2 to 8, ``"fp4"``, ``"fp8"``, or None to leave the weight float.
         act_bits: 2 to 8, or None to leave the input float.
         init: Initial scales, "mse" or "lsq".
         **kwargs: Those of `nn.Conv2d`.
     """
 
-    _quantizers = (WeightQuantizer, ActQuantizer)
+    _quantizers = (_fixed_weight_quantizer, ActQuantizer)
 
 
 class QuantLinear(_Linear):
@@ -111,13 +119,13 @@ class QuantLinear(_Linear):
 
     Args:
         *args: Those of `nn.Linear`.
-        weight_bits: 2 to 8, or None to leave the weight float.
+        weight_bits: 2 to 8, ``"fp4"``, ``"fp8"``, or None to leave the weight float.
         act_bits: 2 to 8, or None to leave the input float.
         init: Initial scales, "mse" or "lsq".
         **kwargs: Those of `nn.Linear`.
     """
 
-    _quantizers = (WeightQuantizer, ActQuantizer)
+    _quantizers = (_fixed_weight_quantizer, ActQuantizer)
 
 
 class MixedConv2d(_Conv2d):
@@ -125,8 +133,8 @@ class MixedConv2d(_Conv2d):
 
     Args:
         *args: Those of `nn.Conv2d`.
-        weight_bits: Different bit-widths, each 2 to 8, or None to leave the weight float.
-        act_bits: The same for the input.
+        weight_bits: Different formats, each 2 to 8, ``"fp4"`` or ``"fp8"``, or None to leave the weight float.
+        act_bits: Different bit-widths, each 2 to 8, or None to leave the input float.
         init: Initial scales, "mse" or "lsq".
         **kwargs: Those of `nn.Conv2d`.
     """
@@ -139,8 +147,8 @@ class MixedLinear(_Linear):
 
     Args:
         *args: Those of `nn.Linear`.
-        weight_bits: Different bit-widths, each 2 to 8, or None to leave the weight float.
-        act_bits: The same for the input.
+        weight_bits: Different formats, each 2 to 8, ``"fp4"`` or ``"fp8"``, or None to leave the weight float.
+        act_bits: Different bit-widths, each 2 to 8, or None to leave the input float.
         init: Initial scales, "mse" or "lsq".
         **kwargs: Those of `nn.Linear`.
     """

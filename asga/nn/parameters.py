@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from asga.nn.quantizers import MixedActQuantizer, MixedWeightQuantizer, Quantizer
+from asga.nn.quantizer import Quantizer
+from asga.nn.quantizers import MixedActQuantizer, MixedWeightQuantizer
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, lr: float | None = None) -> list[dict[str, object]]:

@@ -4,80 +4,23 @@
 class joins one of the first with one of the second.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from asga.nn.float_quantizer import FloatWeightQuantizer
 from asga.nn.observer import ActStatistics
-from asga.nn.scales import FLOOR_RATIO, INITS, effective_scale, lsq_scale, mse_scale, quant_range
+from asga.nn.quantizer import Quantizer
+from asga.nn.scales import lsq_scale, mse_scale
 from asga.ops import fake_quant, mixed_fake_quant
-from asga.policy import check_bits
-
-
-class Quantizer(nn.Module):
-    """What all quantizers share: candidate grids and their scales.
-
-    A scale in use is at least `floor`, 0.02 of its initial value, and its gradient has LSQ's factor
-    ``1 / sqrt(n * quant_max)`` with n values per scale (`asga.nn.scales.effective_scale`). Scales are float32
-    whatever the input's dtype; the output has the dtype and layout of the input.
-
-    Attributes:
-        quant_mins: Smallest integer of each candidate.
-        quant_maxs: Largest integer of each candidate.
-        floor: Smallest scale in use, like the scales.
-    """
-
-    _scale_name: str
-
-    def __init__(
-        self, candidates: Sequence[int], channels: tuple[int, ...], init: str, device: torch.device | None
-    ) -> None:
-        super().__init__()
-        if init not in INITS:
-            raise ValueError(f"init is {init!r}; it must be one of {', '.join(map(repr, INITS))}")
-        self.init = init
-        self._candidates = tuple(candidates)
-        self._observe: Callable[[Tensor], None] | None = None
-        shape = (*self._candidate_shape(), *channels)
-        self.register_parameter(self._scale_name, nn.Parameter(torch.ones(shape, device=device)))
-        self.register_buffer("floor", torch.full(shape, FLOOR_RATIO, device=device))
-        factor_shape = (*self._candidate_shape(), *(1 for _ in channels))
-        self.register_buffer("grad_factor", torch.ones(factor_shape, device=device), persistent=False)
-
-    @property
-    def scale_parameter(self) -> nn.Parameter:
-        """The learned scales: `scale`, or `scales` of a mixture."""
-        return getattr(self, self._scale_name)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Quantize `input` to the grid and back; while the model is being calibrated, return it as it is."""
-        if self._observe is not None:
-            self._observe(input)
-            return input
-        return self._quantize(input)
-
-    def _set_signed(self, signed: bool) -> None:
-        ranges = [quant_range(bits, signed=signed) for bits in self._candidates]
-        self.quant_mins, self.quant_maxs = (list(bounds) for bounds in zip(*ranges, strict=True))
-        factors = torch.tensor([high**-0.5 for high in self.quant_maxs])
-        self.grad_factor.copy_(factors.reshape(self.grad_factor.shape))
-
-    @torch.no_grad()
-    def _set_scales(self, initial: Callable[[int, int], Tensor]) -> None:
-        scale = self.scale_parameter
-        candidates = [initial(low, high) for low, high in zip(self.quant_mins, self.quant_maxs, strict=True)]
-        scale.copy_(torch.stack(candidates).reshape(scale.shape))
-        self.floor.copy_(scale * FLOOR_RATIO)
-
-    def _effective_scale(self, elements: int) -> Tensor:
-        return effective_scale(self.scale_parameter, self.floor, self.grad_factor, elements)
+from asga.policy import WeightBits, check_bits, check_weight_bits
 
 
 class _Weight(Quantizer):
     """Symmetric, signed, a scale per output channel (axis 0)."""
 
-    def __init__(self, weight: Tensor, candidates: Sequence[int], init: str) -> None:
+    def __init__(self, weight: Tensor, candidates: Sequence[WeightBits], init: str) -> None:
         super().__init__(candidates, (weight.shape[0],), init, weight.device)
         self._set_signed(True)
         self.initialize(weight)
@@ -95,10 +38,14 @@ class _Weight(Quantizer):
 
 
 class _Act(Quantizer):
-    """A scale per tensor; unsigned when no negative value was seen during calibration."""
+    """A scale per tensor; unsigned when no negative value was seen during calibration.
+
+    With `always_signed` it is signed whatever was seen: for targets that have no unsigned integers.
+    """
 
     def __init__(self, candidates: Sequence[int], init: str, device: torch.device | None) -> None:
         super().__init__(candidates, (), init, device)
+        self.always_signed = False
         self.register_buffer("signed", torch.tensor(False, device=device))
         self.register_buffer("calibrated", torch.tensor(False, device=device))
         self._cache_state(signed=False, calibrated=False)
@@ -109,7 +56,7 @@ class _Act(Quantizer):
         Raises:
             ValueError: Nothing or something that is not finite was observed.
         """
-        signed = statistics.signed()
+        signed = statistics.signed() or self.always_signed
         self.signed.fill_(signed)
         self.calibrated.fill_(True)
         self._cache_state(signed=signed, calibrated=True)
@@ -189,8 +136,8 @@ class _Mixed(Quantizer):
         self.register_buffer("temperature", torch.ones((), device=self.floor.device))
 
     @property
-    def bits(self) -> tuple[int, ...]:
-        """The candidate bit-widths, in the order of the logits."""
+    def bits(self) -> tuple[WeightBits, ...]:
+        """The candidates, in the order of the logits."""
         return self._candidates
 
     def probs(self) -> Tensor:
@@ -221,13 +168,17 @@ class _Mixed(Quantizer):
         return f"bits={self.bits}"
 
     def _candidate_shape(self) -> tuple[int, ...]:
-        return (len(self._candidates),)
+        return (len(self._integers),)
 
     def _fake_quant(self, input: Tensor, elements: int, axis: int | None) -> Tensor:
+        return self._mix(input, self.probs(), elements, axis)
+
+    def _mix(self, input: Tensor, probs: Tensor, elements: int, axis: int | None) -> Tensor:
+        """The sum over the integer grids, in one sweep."""
         return mixed_fake_quant(
             input,
             self._effective_scale(elements),
-            self.probs(),
+            probs,
             quant_mins=self.quant_mins,
             quant_maxs=self.quant_maxs,
             axis=axis,
@@ -268,6 +219,7 @@ class ActQuantizer(_Act, _Fixed):
 
     Attributes:
         scale: Parameter ``[]``, float32.
+        always_signed: Set it before calibration where the target has no unsigned integers.
         signed: Buffer ``[]``, bool.
         calibrated: Buffer ``[]``, bool.
 
@@ -281,20 +233,23 @@ class ActQuantizer(_Act, _Fixed):
 
 
 class MixedWeightQuantizer(_Weight, _Mixed):
-    """A mixture of K `WeightQuantizer`, computed in one sweep.
+    """A mixture of K weight quantizers.
+
+    All integer grids are computed in one sweep, whatever their number; small floats are added to it one by one.
 
     Args:
         weight: The weight that sets the initial scales, ``[C, ...]``, floating point. It is not kept.
-        bits: K different bit-widths, each 2 to 8.
+        bits: K different formats: integers of 2 to 8 bits, ``"fp4"``, ``"fp8"``.
         init: Initial scales, "mse" or "lsq".
 
     Attributes:
-        scales: Parameter ``[K, C]``, float32.
+        scales: Parameter ``[integers among the K, C]``, float32.
+        fp4, fp8: A `FloatWeightQuantizer`, with its own scales, for each of these among the K.
         logits: Parameter ``[K]``, float32, zero at first.
         temperature: Buffer ``[]``, one at first; see `set_temperature`.
 
     Raises:
-        TypeError: A bit-width is not an integer.
+        TypeError: A format is neither an integer nor a string.
         ValueError: `bits` or `init` is not supported.
 
     Source:
@@ -302,8 +257,37 @@ class MixedWeightQuantizer(_Weight, _Mixed):
         CVPR 2020.
     """
 
-    def __init__(self, weight: Tensor, bits: Sequence[int], *, init: str = "mse") -> None:
-        super().__init__(weight, _check_candidates(bits), init)
+    def __init__(self, weight: Tensor, bits: Sequence[WeightBits], *, init: str = "mse") -> None:
+        candidates = _distinct(check_weight_bits(f"bits[{k}]", b) for k, b in enumerate(bits))
+        super().__init__(weight, candidates, init)
+        self.scales.requires_grad_(bool(self._integers))  # without integers it is empty, and nothing for an optimizer
+        for name in candidates:
+            if isinstance(name, str):
+                self.add_module(name, FloatWeightQuantizer(weight, name, init=init))
+
+    @property
+    def floats(self) -> dict[str, FloatWeightQuantizer]:
+        """The quantizer of each small float among the candidates, by its name."""
+        return dict(self.named_children())
+
+    def initialize(self, weight: Tensor) -> None:
+        """Set scales and floors anew from a weight, for example after a float checkpoint was loaded."""
+        super().initialize(weight)
+        for quantizer in self.floats.values():
+            quantizer.initialize(weight)
+
+    def _fake_quant(self, weight: Tensor, elements: int, axis: int | None) -> Tensor:
+        floats = self.floats
+        if not floats:
+            return super()._fake_quant(weight, elements, axis)
+        probs = dict(zip(self.bits, self.probs().unbind(), strict=True))
+        # Wide, so that a weight in half precision is rounded once, at the end.
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        mixture = sum(probs[name] * quantizer(wide) for name, quantizer in floats.items())
+        if self._integers:
+            shares = torch.stack([probs[bits] for bits in self._integers])
+            mixture = mixture + self._mix(wide, shares, elements, axis)
+        return mixture.to(weight.dtype)
 
 
 class MixedActQuantizer(_Act, _Mixed):
@@ -318,6 +302,7 @@ class MixedActQuantizer(_Act, _Mixed):
         scales: Parameter ``[K]``, float32.
         logits: Parameter ``[K]``, float32, zero at first.
         temperature: Buffer ``[]``, one at first; see `set_temperature`.
+        always_signed: Set it before calibration where the target has no unsigned integers.
         signed: Buffer ``[]``, bool.
         calibrated: Buffer ``[]``, bool.
 
@@ -327,7 +312,7 @@ class MixedActQuantizer(_Act, _Mixed):
     """
 
     def __init__(self, bits: Sequence[int], *, init: str = "mse", device: torch.device | None = None) -> None:
-        super().__init__(_check_candidates(bits), init, device)
+        super().__init__(_distinct(check_bits(f"bits[{k}]", b) for k, b in enumerate(bits)), init, device)
 
 
 def set_temperature(model: nn.Module, temperature: float) -> None:
@@ -345,8 +330,8 @@ def set_temperature(model: nn.Module, temperature: float) -> None:
         mixture.temperature.fill_(temperature)
 
 
-def _check_candidates(bits: Sequence[int]) -> tuple[int, ...]:
-    candidates = tuple(check_bits(f"bits[{k}]", b) for k, b in enumerate(bits))
+def _distinct(bits: Iterable[WeightBits]) -> tuple[WeightBits, ...]:
+    candidates = tuple(bits)
     if not candidates or len(set(candidates)) < len(candidates):
         raise ValueError(f"bits is {candidates}; at least one bit-width is needed, and none twice")
     return candidates

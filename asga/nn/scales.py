@@ -1,5 +1,7 @@
 """Scales: the range of a bit-width, good initial values, and what keeps a learned scale positive."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -61,12 +63,12 @@ class _EffectiveScale(torch.autograd.Function):
         return torch.where((scale >= floor) | (grad < 0), scaled, 0.0), None, None, None
 
 
-def lsq_scale(mean_abs: Tensor, quant_max: int) -> Tensor:
+def lsq_scale(mean_abs: Tensor, quant_max: float) -> Tensor:
     """LSQ's initial scale, ``2 * mean|x| / sqrt(quant_max)`` (Esser et al. 2020, section 2.1), made positive.
 
     Args:
         mean_abs: Mean absolute value per scale, ``[]`` or ``[C]``.
-        quant_max: Largest integer of the grid.
+        quant_max: Largest value of the grid.
 
     Returns:
         Scales of the shape of `mean_abs`, float32, positive.
@@ -75,6 +77,27 @@ def lsq_scale(mean_abs: Tensor, quant_max: int) -> Tensor:
 
 
 def mse_scale(values: Tensor, quant_min: int, quant_max: int, *, axis: int | None = None) -> Tensor:
+    """The scale of an integer grid with the least squared error; see `least_error_scale`.
+
+    Args:
+        values: The tensor to quantize, floating point.
+        quant_min: Smallest integer of the grid.
+        quant_max: Largest integer of the grid.
+        axis: Dimension of the channels, or None for one scale.
+
+    Returns:
+        Scales ``[C]`` or ``[]``, float32, positive.
+    """
+
+    def quantize(values: Tensor, scale: Tensor) -> Tensor:
+        return fake_quant(values, scale, quant_min=quant_min, quant_max=quant_max, axis=axis)
+
+    return least_error_scale(values, quant_max, quantize, axis=axis)
+
+
+def least_error_scale(
+    values: Tensor, quant_max: float, quantize: Callable[[Tensor, Tensor], Tensor], *, axis: int | None = None
+) -> Tensor:
     """The scale with the least squared quantization error, found on a grid (OMSE: Kravchik et al. 2019).
 
     A coarse geometric grid from the scale that clips nothing down to a hundredth of it (steps of 16 %), then
@@ -82,8 +105,8 @@ def mse_scale(values: Tensor, quant_min: int, quant_max: int, *, axis: int | Non
 
     Args:
         values: The tensor to quantize, floating point.
-        quant_min: Smallest integer of the grid.
-        quant_max: Largest integer of the grid.
+        quant_max: Largest value of the grid.
+        quantize: Fake quantization of float32 values with given scales; returns a new tensor.
         axis: Dimension of the channels, or None for one scale.
 
     Returns:
@@ -98,15 +121,14 @@ def mse_scale(values: Tensor, quant_min: int, quant_max: int, *, axis: int | Non
         center = best
         for factor in factors:
             scale = center * factor
-            quantized = fake_quant(values, scale, quant_min=quant_min, quant_max=quant_max, axis=axis)
-            error = quantized.sub_(values).square_()
+            error = quantize(values, scale).sub_(values).square_()
             error = error.sum(others) if others else error
             better = error < least
             best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return _positive(best, quant_max)
 
 
-def _positive(scale: Tensor, quant_max: int) -> Tensor:
+def _positive(scale: Tensor, quant_max: float) -> Tensor:
     """Replace unusable scales (zero channels): by the mean of the others, else so that the grid ends at 1."""
     usable = torch.isfinite(scale) & (scale > _SMALLEST_SCALE)
     mean = torch.where(usable, scale, 0.0).sum() / usable.sum().clamp(min=1)

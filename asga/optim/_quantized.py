@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from asga.nn.layers import QuantizedLayer
-from asga.nn.quantizers import Quantizer
+from asga.nn.quantizer import Quantizer
 from asga.optim._ranks import Ranks
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asga.policy import FLOAT_BITS, Policy, did_you_mean
+from asga.policy import FLOAT_BITS, FP4_BLOCK, Policy, WeightBits, bit_width, did_you_mean
 from asga.search.space import LayerChoices, SpaceChoices
 
 ExampleInputs = Tensor | tuple | list | dict
@@ -51,31 +51,40 @@ class Costs:
         return -(-self.size_bits // 8)
 
 
-def layer_bitops(layer: LayerProfile, weight_bits: int | None, act_bits: int | None) -> int:
+def layer_bitops(layer: LayerProfile, weight_bits: WeightBits | None, act_bits: int | None) -> int:
     """Bit operations of one sample: MACs x weight bits x input bits, None being 32 bits.
 
-    Biases, norms and activation functions are not counted.
+    A small float counts the bits of one of its values, fp8 eight and fp4 four, though its multiplier is not that of an
+    integer. Biases, norms and activation functions are not counted.
 
     Source:
         Cai and Vasconcelos, "Rethinking Differentiable Search for Mixed-Precision Neural Networks" (EdMIPS),
         CVPR 2020.
     """
-    return layer.macs * _width(weight_bits) * _width(act_bits)
+    return layer.macs * bit_width(weight_bits) * bit_width(act_bits)
 
 
-def layer_size_bits(layer: LayerProfile, weight_bits: int | None, act_bits: int | None) -> int:
+def layer_size_bits(layer: LayerProfile, weight_bits: WeightBits | None, act_bits: int | None) -> int:
     """Bits to store a layer's weight and scales.
 
     A quantized weight has `weight_bits` per element and a 32-bit scale per output channel, a quantized input
-    one 32-bit scale; a float weight has 32 bits per element. Biases, norms and other float parameters are the
-    same for every policy and not counted.
+    one 32-bit scale; a float weight has 32 bits per element. fp4 has an 8-bit scale per block of 16 values, and one
+    32-bit scale in all. Biases, norms and other float parameters are the same for every policy and not counted.
     """
-    weight_scales = 0 if weight_bits is None else layer.out_channels
-    act_scales = 0 if act_bits is None else 1
-    return layer.weight_numel * _width(weight_bits) + FLOAT_BITS * (weight_scales + act_scales)
+    act_scale = 0 if act_bits is None else FLOAT_BITS
+    return layer.weight_numel * bit_width(weight_bits) + _weight_scale_bits(layer, weight_bits) + act_scale
 
 
-CostFunction = Callable[[LayerProfile, int | None, int | None], int]
+def _weight_scale_bits(layer: LayerProfile, weight_bits: WeightBits | None) -> int:
+    if weight_bits is None:
+        return 0
+    if weight_bits == "fp4":
+        blocks = -(-layer.weight_numel // (layer.out_channels * FP4_BLOCK))
+        return layer.out_channels * blocks * bit_width("fp8") + FLOAT_BITS
+    return layer.out_channels * FLOAT_BITS
+
+
+CostFunction = Callable[[LayerProfile, WeightBits | None, int | None], int]
 METRICS: dict[str, CostFunction] = {"bitops": layer_bitops, "size_bits": layer_size_bits}
 
 
@@ -187,10 +196,6 @@ def cost_tables(profiles: Mapping[str, LayerProfile], choices: SpaceChoices) -> 
 
 def _table(cost: CostFunction, layer: LayerProfile, choices: LayerChoices) -> list[list[int]]:
     return [[cost(layer, w, a) for a in choices.act_bits] for w in choices.weight_bits]
-
-
-def _width(bits: int | None) -> int:
-    return FLOAT_BITS if bits is None else bits
 
 
 def _layer(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:

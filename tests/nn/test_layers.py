@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from asga.nn import MixedConv2d, MixedLinear, QuantConv2d, QuantLinear, calibrate
+from asga.nn import (
+    FloatWeightQuantizer,
+    MixedConv2d,
+    MixedLinear,
+    MixedWeightQuantizer,
+    QuantConv2d,
+    QuantLinear,
+    calibrate,
+)
 
 BITS = (2, 3, 4, 6, 8)
 CONVOLUTIONS = {
@@ -227,6 +235,58 @@ class TestUse:
         assert (layer.weight_bits, layer.act_bits) == (bits, None)
 
 
+@pytest.mark.parametrize(
+    ("base", "cls", "bits", "act_bits"),
+    [
+        (nn.Linear, QuantLinear, "fp4", 8),
+        (nn.Conv2d, QuantConv2d, "fp8", None),
+        (nn.Linear, MixedLinear, (2, "fp4", 4, "fp8"), (4, 8)),
+        (nn.Conv2d, MixedConv2d, ("fp4", "fp8"), (4, 8)),
+    ],
+    ids=["QuantLinear", "QuantConv2d", "MixedLinear", "MixedConv2d"],
+)
+class TestSmallFloats:
+    """Weights in small floats, in the same layers as integers."""
+
+    def layer(self, base, cls, bits, act_bits):
+        module, inputs = make(base)
+        layer = cls.from_float(module, weight_bits=bits, act_bits=act_bits)
+        calibrate(layer, [inputs])
+        return module, inputs, layer
+
+    def test_the_weight_is_that_of_the_quantizer(self, base, cls, bits, act_bits):
+        module, inputs, layer = self.layer(base, cls, bits, act_bits)
+        assert (layer.weight_bits, layer.act_bits) == (bits, act_bits)
+        assert f"weight_bits={bits}" in repr(layer)
+        quantizer = FloatWeightQuantizer if cls._quantizers[0] is not MixedWeightQuantizer else MixedWeightQuantizer
+        reference = copy.deepcopy(module)
+        with torch.no_grad():
+            reference.weight.copy_(quantizer(module.weight, bits)(module.weight))
+        torch.testing.assert_close(layer(inputs), reference(layer.act_quantizer(inputs)))
+
+    def test_all_parameters_get_finite_gradients(self, base, cls, bits, act_bits):
+        _, inputs, layer = self.layer(base, cls, bits, act_bits)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer(inputs).float().square().sum().backward()
+        for parameter in (p for p in layer.parameters() if p.requires_grad):
+            assert torch.isfinite(parameter.grad).all()
+            assert parameter.grad.abs().sum() > 0
+
+    def test_state_round_trip(self, base, cls, bits, act_bits):
+        _, inputs, layer = self.layer(base, cls, bits, act_bits)
+        other = cls.from_float(make(base)[0], weight_bits=bits, act_bits=act_bits)
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other.eval()(inputs), layer.eval()(inputs))
+
+    def test_on_the_meta_device(self, base, cls, bits, act_bits):
+        layer = cls.from_float(make(base, device="meta")[0], weight_bits=bits, act_bits=None)
+        assert layer(make(base)[1].to("meta")).device.type == "meta"
+
+
+def test_int4_is_4():
+    assert QuantLinear(12, 6, weight_bits="int4", act_bits=None).weight_bits == 4
+
+
 @pytest.mark.parametrize(("cls", "bits"), [(QuantConv2d, 4), (MixedConv2d, BITS)], ids=["quant", "mixed"])
 def test_channels_last_is_kept(cls, bits):
     conv = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
@@ -257,6 +317,8 @@ def test_layers_can_be_made_without_a_float_one():
 
 def test_bits_of_a_layer_are_checked():
     linear = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="bits is 'fp6'"):
+        QuantLinear.from_float(linear, weight_bits="fp6", act_bits=4)
     with pytest.raises(ValueError, match="bits is 9"):
         QuantLinear.from_float(linear, weight_bits=9, act_bits=4)
     with pytest.raises(ValueError, match=r"bits\[1\] is 1"):

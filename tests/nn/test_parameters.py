@@ -42,6 +42,21 @@ def test_every_trainable_parameter_but_the_logits_is_in_one_group(model):
     ]
 
 
+def test_scales_of_small_floats_are_among_the_scales():
+    model = nn.Sequential(
+        QuantLinear(20, 4, bias=False, weight_bits="fp4", act_bits=None),
+        MixedLinear(4, 4, bias=False, weight_bits=(4, "fp4", "fp8"), act_bits=None),
+    )
+    weights, scales = parameter_groups(model, weight_decay=1e-4)
+    assert names(model, weights) == ["0.weight", "1.weight"]
+    assert names(model, scales) == [
+        "0.weight_quantizer.scale",
+        "1.weight_quantizer.scales",
+        "1.weight_quantizer.fp4.scale",
+        "1.weight_quantizer.fp8.scale",
+    ]
+
+
 def test_logits_in_the_order_of_the_layers(model):
     expected = [model[0].weight_quantizer, model[0].act_quantizer, model[3].weight_quantizer]
     assert [id(p) for p in logits(model)] == [id(q.logits) for q in expected]

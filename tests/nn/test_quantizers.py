@@ -6,6 +6,7 @@ import torch
 
 from asga.nn import (
     ActQuantizer,
+    FloatWeightQuantizer,
     MixedActQuantizer,
     MixedWeightQuantizer,
     WeightQuantizer,
@@ -77,6 +78,14 @@ class TestWeightQuantizer:
 
 
 class TestActQuantizer:
+    def test_always_signed(self, activation):
+        """For targets without unsigned integers."""
+        quantizer = ActQuantizer(4)
+        quantizer.always_signed = True
+        quantizer(activation.relu())
+        assert quantizer.signed
+        assert (quantizer.quant_min, quantizer.quant_max) == (-8, 7)
+
     @pytest.mark.parametrize("init", ["lsq", "mse"])
     def test_first_training_batch_sets_sign_and_scale(self, activation, init):
         quantizer = ActQuantizer(4, init=init)
@@ -225,6 +234,73 @@ class TestMixture:
             MixedWeightQuantizer(weight, bits)
         with pytest.raises(ValueError, match="at least one bit-width is needed, and none twice"):
             MixedActQuantizer(bits)
+
+
+class TestMixtureWithSmallFloats:
+    CANDIDATES = (2, "fp4", 4, "fp8", 8)
+
+    def mixed(self, weight, candidates=CANDIDATES):
+        quantizer = MixedWeightQuantizer(weight, candidates)
+        with torch.no_grad():
+            quantizer.logits.copy_(torch.linspace(-1, 1, len(candidates)))
+        return quantizer
+
+    @pytest.mark.parametrize("candidates", [CANDIDATES, ("fp8", "fp4"), ("fp4",), ("int3", "fp8")], ids=str)
+    def test_is_the_sum_of_fixed_quantizers_with_its_gradients(self, weight, candidates):
+        mixed = self.mixed(weight, candidates)
+        parts = [
+            FloatWeightQuantizer(weight, b) if isinstance(b, str) else WeightQuantizer(weight, b) for b in mixed.bits
+        ]
+        upstream = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+        given, other = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+        mixed(given).backward(upstream)
+        logits = mixed.logits.detach().clone().requires_grad_()
+        expected = sum(p * part(other) for p, part in zip(logits.softmax(0), parts, strict=True))
+        expected.backward(upstream)
+        torch.testing.assert_close(mixed(weight), expected)
+        torch.testing.assert_close(given.grad, other.grad)
+        torch.testing.assert_close(mixed.logits.grad, logits.grad, rtol=1e-4, atol=1e-5)
+        integers = [part.scale.grad for part in parts if isinstance(part, WeightQuantizer)]
+        for actual, reference in zip(mixed.scales.grad if integers else [], integers, strict=True):
+            torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-5)
+        for part in parts:
+            if isinstance(part, FloatWeightQuantizer):
+                torch.testing.assert_close(mixed.floats[part.bits].scale.grad, part.scale.grad, rtol=1e-4, atol=1e-5)
+
+    def test_one_candidate_alone(self, weight):
+        mixed = self.mixed(weight)
+        for index, bits in enumerate(self.CANDIDATES):
+            alone = MixedWeightQuantizer(weight, [bits])
+            assert torch.equal(mixed.candidate(weight, index), alone(weight))
+
+    def test_half_precision_is_rounded_once(self, weight):
+        weight = weight.bfloat16()
+        mixed = self.mixed(weight)
+        assert torch.equal(mixed(weight), mixed(weight.float()).bfloat16())
+
+    def test_initialize_reaches_every_candidate(self, weight):
+        mixed, twice = self.mixed(weight), self.mixed(2 * weight)
+        mixed.initialize(2 * weight)
+        assert torch.equal(mixed(weight), twice(weight))
+
+    def test_state_of_integers_alone_is_what_it_was(self, weight):
+        names = {"scales", "logits", "floor", "temperature"}
+        assert MixedWeightQuantizer(weight, BITS).state_dict().keys() == names
+        floats = {f"{name}.{part}" for name in ("fp4", "fp8") for part in ("scale", "floor")}
+        mixed, other = self.mixed(weight), self.mixed(3 * weight)
+        assert mixed.state_dict().keys() == names | floats
+        other.load_state_dict(mixed.state_dict())
+        assert torch.equal(other(weight), mixed(weight))
+
+    def test_compiles_to_one_graph(self, weight):
+        mixed = self.mixed(weight)
+        torch._dynamo.reset()
+        compiled = torch.compile(mixed, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(weight), mixed(weight))
+
+    def test_inputs_have_none(self):
+        with pytest.raises(TypeError, match=r"bits\[1\] is 'fp8'; an integer"):
+            MixedActQuantizer([4, "fp8"])
 
 
 class TestTemperature:

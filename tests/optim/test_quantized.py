@@ -12,12 +12,12 @@ from asga.optim import ASGA
 RHO, LR = 0.3, 0.1
 
 
-@pytest.fixture
-def layer():
-    """One linear layer of 2-bit weights and float inputs."""
+@pytest.fixture(params=[2, "fp4"], ids=["int2", "fp4"])
+def layer(request):
+    """One linear layer of low-bit weights and float inputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = QuantLinear(4, 3, bias=False, weight_bits=2, act_bits=None)
+        made = QuantLinear(4, 3, bias=False, weight_bits=request.param, act_bits=None)
     made.weight_quantizer.scale.requires_grad_(False)
     return made
 

@@ -4,9 +4,17 @@ import torch
 from torch import nn
 
 from asga.convert import prepare, quantize
+from asga.nn import FloatWeightQuantizer
 from asga.nn.calibration import calibrate
 from asga.policy import LayerPolicy, Policy
-from asga.search.costs import Costs, LayerProfile, cost_tables, policy_costs, profile_layers
+from asga.search.costs import (
+    Costs,
+    LayerProfile,
+    cost_tables,
+    layer_size_bits,
+    policy_costs,
+    profile_layers,
+)
 from asga.search.space import LayerChoices, SearchSpace, SpaceChoices
 
 # Input 3 x 12 x 12. Name, layer, MACs by hand: output positions x output channels x (inputs of one output).
@@ -180,6 +188,25 @@ class TestCosts:
     )
     def test_float_tensors_count_32_bits_and_have_no_scale(self, bits, bitops, size_bits):
         assert policy_costs({"c": PROFILES["c"]}, Policy({"c": bits})) == Costs(bitops, size_bits)
+
+    def test_small_floats_by_hand(self):
+        policy = Policy({"a": LayerPolicy("fp8", 4), "b": LayerPolicy("fp4", 2), "c": LayerPolicy("fp4", None)})
+        bitops = 1000 * 8 * 4 + 300 * 4 * 2 + 20 * 4 * 32
+        # a: 5 channels; b: 4 channels of 10 values, a block each; c: 2 channels of 10 values.
+        size_bits = (90 * 8 + 32 * 6) + (40 * 4 + 4 * 8 + 32 + 32) + (20 * 4 + 2 * 8 + 32)
+        assert policy_costs(PROFILES, policy) == Costs(bitops, size_bits)
+
+    @pytest.mark.parametrize(("values", "blocks"), [(16, 1), (17, 2), (160, 10)])
+    def test_blocks_are_counted_per_channel(self, values, blocks):
+        layer = LayerProfile("a", "Linear", macs=1, weight_numel=3 * values, out_channels=3)
+        assert layer_size_bits(layer, "fp4", None) == 3 * values * 4 + 3 * blocks * 8 + 32
+
+    def test_scales_counted_are_those_of_the_quantizer(self):
+        weight = torch.randn(5, 7, 3, 3)
+        layer = LayerProfile("a", "Conv2d", macs=1, weight_numel=weight.numel(), out_channels=5)
+        for bits, per_scale, more in (("fp4", 8, 32), ("fp8", 32, 0)):
+            scales = FloatWeightQuantizer(weight, bits).scale.numel()
+            assert layer_size_bits(layer, bits, None) == weight.numel() * int(bits[2]) + scales * per_scale + more
 
     def test_policy_and_profiles_must_be_about_the_same_layers(self):
         with pytest.raises(ValueError, match="does not mention: 'c'"):
