@@ -10,7 +10,7 @@ Search on a proxy, transfer to the target::
 __version__ = "0.1.0"
 
 from asga import nn, ops, optim, search
-from asga.convert import LayerSummary, prepare, quantization_summary, quantize
+from asga.convert import LayerSummary, check_policy, prepare, quantization_summary, quantize
 from asga.nn import calibrate
 from asga.ops import backend, get_backend, set_backend
 from asga.policy import LayerPolicy, Policy
@@ -32,6 +32,7 @@ __all__ = [
     "TransferTrainer",
     "backend",
     "calibrate",
+    "check_policy",
     "evaluate",
     "get_backend",
     "nn",

@@ -9,12 +9,14 @@ from torch import nn
 
 from asga.nn.layers import MixedConv2d, MixedLinear, QuantConv2d, QuantizedLayer, QuantLinear
 from asga.nn.quantizable import find_quantizable
-from asga.policy import Policy
+from asga.nn.quantizers import ActQuantizer, MixedActQuantizer
+from asga.policy import Policy, WeightBits
+from asga.targets import check_target, find_target
 
 if TYPE_CHECKING:
     from asga.search.space import SearchSpace
 
-__all__ = ["LayerSummary", "find_quantizable", "prepare", "quantization_summary", "quantize"]
+__all__ = ["LayerSummary", "check_policy", "find_quantizable", "prepare", "quantization_summary", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,14 @@ class LayerSummary:
     Attributes:
         name: The module's name.
         type: Its class.
-        weight_bits: Bit-width of the weight, candidates in a mixed layer, None where it is float.
+        weight_bits: Bits or format of the weight, candidates in a mixed layer, None where it is float.
         act_bits: The same for the input.
         reason: Why the layer is float; empty for a quantized one.
     """
 
     name: str
     type: str
-    weight_bits: int | tuple[int, ...] | None
+    weight_bits: WeightBits | tuple[WeightBits, ...] | None
     act_bits: int | tuple[int, ...] | None
     reason: str
 
@@ -52,8 +54,8 @@ def prepare(model: nn.Module, space: "SearchSpace", *, inplace: bool = False, in
         The converted model; `model` itself if `inplace`.
 
     Raises:
-        ValueError: The model is converted already, has nothing to search, or is itself a single layer, which
-            cannot be replaced in place. Nothing has been changed.
+        ValueError: The model is converted already, has nothing to search or what the target of the space cannot run,
+            or is itself a single layer, which cannot be replaced in place. Nothing has been changed.
     """
     _check_float(model)
     layers = space.choices(model).layers
@@ -61,10 +63,12 @@ def prepare(model: nn.Module, space: "SearchSpace", *, inplace: bool = False, in
     searched = {
         name: (_candidates(c.weight_bits), _candidates(c.act_bits)) for name, c in layers.items() if not c.pinned
     }
-    return _convert(model, pinned, searched, inplace, init)
+    return _convert(model, pinned, searched, space.target, inplace, init)
 
 
-def quantize(model: nn.Module, policy: Policy, *, inplace: bool = False, init: str = "mse") -> nn.Module:
+def quantize(
+    model: nn.Module, policy: Policy, *, target: str | None = None, inplace: bool = False, init: str = "mse"
+) -> nn.Module:
     """Give the layers of `model` the fixed bit-widths of a policy.
 
     The model may differ from the one the policy was searched on in whatever leaves the layers' names the
@@ -73,6 +77,8 @@ def quantize(model: nn.Module, policy: Policy, *, inplace: bool = False, init: s
     Args:
         model: A float model.
         policy: Bit-widths for each of its quantizable layers.
+        target: Where the model will run, a name in `asga.targets.TARGETS`, or ``"any"``. None is the target that the
+            policy was searched for (``"target"`` in its `meta`), if any.
         inplace: Replace layers in `model` itself, keeping its `Parameter` objects, instead of in a deep copy.
         init: Initial scales: "mse" (least squared error) or "lsq".
 
@@ -80,17 +86,39 @@ def quantize(model: nn.Module, policy: Policy, *, inplace: bool = False, init: s
         The converted model; `model` itself if `inplace`.
 
     Raises:
-        ValueError: The policy does not fit the model (`Policy.check_against`), or the model is converted
+        ValueError: The policy does not fit the model or the target (`check_policy`), or the model is converted
             already, or is itself a single layer, which cannot be replaced in place. Nothing has been changed.
     """
     _check_float(model)
-    policy.check_against(list(find_quantizable(model)[0]))
+    target = check_policy(model, policy, target=target)
     fixed = {
         name: (layer.weight_bits, layer.act_bits)
         for name, layer in policy.items()
         if (layer.weight_bits, layer.act_bits) != (None, None)
     }
-    return _convert(model, fixed, {}, inplace, init)
+    return _convert(model, fixed, {}, target, inplace, init)
+
+
+def check_policy(model: nn.Module, policy: Policy, *, target: str | None = None) -> str:
+    """Check that a policy fits a model and what the model will run on.
+
+    Args:
+        model: A float or converted model; it is only looked at.
+        policy: Bit-widths for each of its quantizable layers.
+        target: As for `quantize`.
+
+    Returns:
+        The name of the target.
+
+    Raises:
+        ValueError: The policy is for other layers (`Policy.check_against`), or the target cannot run a layer with its
+            bits; the message has all such layers, and what the target can run.
+    """
+    layers = find_quantizable(model)[0]
+    policy.check_against(list(layers))
+    target = policy.meta.get("target", "any") if target is None else target
+    check_target(target, layers, {name: ((bits.weight_bits,), (bits.act_bits,)) for name, bits in policy.items()})
+    return target
 
 
 def quantization_summary(model: nn.Module) -> list[LayerSummary]:
@@ -125,7 +153,7 @@ def _candidates(bits: tuple[int | None, ...]) -> tuple[int, ...] | None:
 
 
 def _convert(
-    model: nn.Module, fixed: Mapping[str, tuple], searched: Mapping[str, tuple], inplace: bool, init: str
+    model: nn.Module, fixed: Mapping[str, tuple], searched: Mapping[str, tuple], target: str, inplace: bool, init: str
 ) -> nn.Module:
     """Build all layers first and swap them last, so that an error leaves the model as it was."""
     if inplace and ("" in fixed or "" in searched):
@@ -133,12 +161,16 @@ def _convert(
             f"inplace is True, but the model is itself a {type(model).__name__}: use the return value of inplace=False"
         )
     model = model if inplace else copy.deepcopy(model)
+    found = find_target(target)
     replacements = {}
     for bits, conv, linear in ((fixed, QuantConv2d, QuantLinear), (searched, MixedConv2d, MixedLinear)):
         for name, (weight_bits, act_bits) in bits.items():
             module = model.get_submodule(name)
             kind = conv if isinstance(module, nn.Conv2d) else linear
-            replacements[module] = kind.from_float(module, weight_bits=weight_bits, act_bits=act_bits, init=init)
+            layer = kind.from_float(module, weight_bits=weight_bits, act_bits=act_bits, init=init)
+            if isinstance(layer.act_quantizer, ActQuantizer | MixedActQuantizer):
+                layer.act_quantizer.always_signed = found is not None and not found.unsigned_inputs
+            replacements[module] = layer
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from asga.convert import LayerSummary, prepare, quantization_summary, quantize
+from asga.convert import LayerSummary, check_policy, prepare, quantization_summary, quantize
 from asga.nn import MixedConv2d, MixedLinear, QuantConv2d, QuantizedLayer, QuantLinear, calibrate
 from asga.policy import LayerPolicy, Policy
 from asga.search.space import SearchSpace
@@ -168,6 +168,38 @@ class TestQuantize:
         torch._dynamo.reset()
         compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), converted(images))
+
+
+class TestTarget:
+    INT8 = policy(**dict.fromkeys(("stem", "block_0", "first", "second", "head"), LayerPolicy(8, 8)))
+
+    def test_what_it_cannot_run_is_refused_and_changes_nothing(self, model):
+        state = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r"Conv2d: int4 x int4, for 'stem', 'block\.0'\n  Linear: int4 x int4"):
+            quantize(model, policy(), target="onnxruntime-cpu", inplace=True)
+        assert same_state(model, state)
+
+    def test_by_default_it_is_that_of_the_search(self, model):
+        searched = Policy(policy(), {"target": "tensorrt"})
+        assert check_policy(model, Policy(self.INT8, searched.meta)) == "tensorrt"
+        with pytest.raises(ValueError, match="tensorrt cannot run"):
+            quantize(model, searched)
+        assert quantize(model, searched, target="any").stem.weight_bits == 4
+
+    @pytest.mark.parametrize(("target", "signed"), [("tensorrt", True), ("onnxruntime-cpu", False), ("any", False)])
+    def test_inputs_are_signed_where_it_has_no_unsigned_integers(self, model, images, target, signed):
+        space = SearchSpace(weight_bits=(8,), act_bits=(8,), target=target)
+        for converted in (quantize(model, self.INT8, target=target), prepare(model, space)):
+            calibrate(converted, [images.relu()])
+            assert bool(converted.stem.act_quantizer.signed) is signed
+
+    def test_small_floats(self, model, images):
+        converted = quantize(model, policy(first=LayerPolicy("fp4", None), second=LayerPolicy("fp8", 8)))
+        calibrate(converted, [images])
+        assert [m.weight_bits for m in (converted.first, converted.second)] == ["fp4", "fp8"]
+        row = quantization_summary(converted)[3]
+        assert (row.name, row.weight_bits, row.act_bits) == ("first", "fp4", None)
+        assert torch.isfinite(converted(images)).all()
 
 
 class TestPrepare:

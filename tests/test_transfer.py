@@ -98,6 +98,29 @@ class TestFit:
             TransferTrainer(tiny_net(), **options)
 
 
+class TestFormats:
+    @METHODS
+    def test_a_policy_with_small_floats_from_the_proxy_to_the_target(self, tiny_net, labeled_batches, tmp_path, method):
+        space = asga.SearchSpace(formats=("fp4", "int8", "fp8"), first_last=("fp8", 8))
+        budget = asga.Budget(size="1.0*w8")
+        searched = asga.PolicySearcher(tiny_net(), space, budget=budget, epochs=1, method=method).fit(labeled_batches())
+        searched.policy.save(tmp_path / "policy.json")
+        policy = Policy.load(tmp_path / "policy.json")
+        assert policy == searched.policy
+        assert policy["fc"] == policy["conv1"] == LayerPolicy("fp8", 8)
+
+        model = asga.quantize(tiny_net(num_classes=5), policy)
+        batches = labeled_batches(12, classes=5)
+        before = model.fc.weight_quantizer.scale.detach().clone()
+        result = TransferTrainer(model, epochs=6, lr=0.1, method=method).fit(batches, batches)
+        assert result.history[-1]["loss"] < 0.8 * result.history[0]["loss"]
+        assert not torch.equal(model.fc.weight_quantizer.scale, before)
+        assert is_finite(model)
+        again = asga.quantize(tiny_net(num_classes=5), policy)
+        again.load_state_dict(model.state_dict())
+        assert evaluate(again, batches) == result.evaluation
+
+
 class TestBatchNorm:
     def test_is_measured_anew_with_the_final_weights(self, tiny_net, labeled_batches):
         model, batches = quantized(tiny_net()), labeled_batches()

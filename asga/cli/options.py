@@ -12,6 +12,7 @@ from torch import nn
 from asga.cli.console import Console
 from asga.data import Batches, ImageFiles, ImageTensor, open_dataset
 from asga.models import build_model
+from asga.policy import WeightBits
 from asga.search import Budget
 
 # Up to this side the stems of ImageNet models would leave next to nothing of an image: 32 pixels become 1.
@@ -161,16 +162,18 @@ def parse_budget(text: str) -> Budget:
     return Budget(**dict(zip(metrics, amounts, strict=True)))
 
 
-def parse_bits(text: str) -> tuple[int, ...]:
-    """Bit-widths such as ``2,3,4,6,8``.
+def parse_bits(text: str) -> tuple[WeightBits, ...] | None:
+    """Bit-widths such as ``2,3,4,6,8``, names such as ``int4,fp4,fp8`` among them; None for ``none``.
 
     Raises:
         ValueError: It is nothing of the kind.
     """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{text!r} is not a list of bit-widths such as 2,3,4,6,8") from None
+    if text == "none":
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"\d+|[a-z]+\d+", part) for part in parts):
+        raise ValueError(f"{text!r} is not a list of bit-widths such as 2,3,4,6,8 or int4,fp4,fp8")
+    return tuple(int(part) if part.isdigit() else part for part in parts)
 
 
 def parse_uniform(text: str) -> tuple[int, int]:

@@ -38,6 +38,7 @@ from asga.search import (
 )
 from asga.search.relaxation import RELAXATIONS
 from asga.search.result import TOSS_UP
+from asga.targets import TARGETS
 
 _VERDICTS = {
     True: "better than uniform bits",
@@ -63,8 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target-size", type=int, help="count BitOps at this image side instead of the proxy's")
     space = parser.add_argument_group("search space")
-    space.add_argument("--weight-bits", default="2,3,4,6,8", help="candidates")
-    space.add_argument("--act-bits", default="2,3,4,6,8", help="candidates")
+    space.add_argument("--weight-bits", help="candidates; default: 2,3,4,6,8")
+    space.add_argument("--act-bits", help="candidates; default: 2,3,4,6,8; none: inputs stay float")
+    space.add_argument("--formats", help="candidates by name for both: int2 to int8; for weights also fp4, fp8")
+    space.add_argument("--target", default="any", help=f"where the model will run: any, {', '.join(TARGETS)}")
     space.add_argument("--first-last", type=int, default=8, help="bits of the first and last layer; 0: searched too")
     add_data_options(parser)
     add_training_options(parser, methods=METHODS, epochs=5, float_epochs=15)
@@ -76,11 +79,9 @@ def run(options: argparse.Namespace) -> None:
     """Search and write the run folder."""
     check_at_least_one(options, "epochs", "float_epochs", "target_size", "seeds")
     budget = parse_budget(options.budget)
-    space = SearchSpace(
-        weight_bits=parse_bits(options.weight_bits),
-        act_bits=parse_bits(options.act_bits),
-        first_last=options.first_last or None,
-    )
+    given = {name: getattr(options, name) for name in ("weight_bits", "act_bits", "formats")}
+    candidates = {name: parse_bits(text) for name, text in given.items() if text is not None}
+    space = SearchSpace(**candidates, first_last=options.first_last or None, target=options.target)
     with Console() as console:
         train, val = open_batches(options, console)
         build = model_factory(options.model, train, options.device)

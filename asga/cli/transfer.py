@@ -19,7 +19,7 @@ from asga.cli.options import (
 )
 from asga.cli.pipeline import Setting, finish_run, float_model, show_table, table_row, transferred
 from asga.cli.search import example_inputs
-from asga.convert import find_quantizable
+from asga.convert import check_policy, find_quantizable
 from asga.policy import MAX_BITS, MIN_BITS, LayerPolicy, Policy
 from asga.runs import RunFolder
 from asga.search import Budget
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         build = model_factory(architecture, train, options.device)
         model = build(options.seed)
         names = list(find_quantizable(model)[0])
-        policy.check_against(names)
+        check_policy(model, policy)
         profiles = profile_layers(model, example_inputs(train, None).to(options.device), names)
         choices = _choices_of(policy, names)
         budget = policy.meta.get("budget")
@@ -117,5 +117,5 @@ def _choices_of(policy: Policy, names: list[str]) -> SpaceChoices:
         if name in (names[0], names[-1]):
             layers[name] = LayerChoices((bits.weight_bits,), (bits.act_bits,), pinned=True)
         elif bits != LayerPolicy(None, None):
-            layers[name] = LayerChoices(anything, anything)
+            layers[name] = LayerChoices(anything, (None,) if bits.act_bits is None else anything)
     return SpaceChoices(layers, {}, tuple(names))

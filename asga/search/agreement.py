@@ -7,7 +7,7 @@ from statistics import fmean
 
 import numpy as np
 
-from asga.policy import FLOAT_BITS, Policy
+from asga.policy import Policy, WeightBits
 from asga.search.result import LogProbabilities, SearchResult, best_policy
 from asga.search.space import SpaceChoices
 
@@ -55,7 +55,7 @@ class Agreement:
     chance: float
     p_value: float
     pairs: tuple[PairAgreement, ...]
-    bits: dict[str, dict[str, tuple[int | None, ...]]]
+    bits: dict[str, dict[str, tuple[WeightBits | None, ...]]]
 
     @property
     def choices(self) -> int:
@@ -109,12 +109,14 @@ def policy_agreement(policies: Mapping[str, Policy], choices: Iterable[Choice] |
     choices = [(layer, kind) for layer in first for kind in KINDS] if choices is None else list(choices)
     if not choices:
         raise ValueError("choices is empty: there is nothing to compare")
-    bits: dict[str, dict[str, tuple[int | None, ...]]] = {}
+    bits: dict[str, dict[str, tuple[WeightBits | None, ...]]] = {}
     for layer, kind in choices:
         bits.setdefault(layer, {})[kind] = tuple(getattr(policy[layer], f"{kind}_bits") for policy in policies.values())
 
-    by_kind = [np.array([found[kind] for found in bits.values() if kind in found], dtype=object) for kind in KINDS]
-    tables = [np.where(np.equal(table, None), FLOAT_BITS, table).astype(np.int8).T for table in by_kind if len(table)]
+    by_kind = [[found[kind] for found in bits.values() if kind in found] for kind in KINDS]
+    known = dict.fromkeys(value for table in by_kind for row in table for value in row)
+    codes = {value: code for code, value in enumerate(known)}
+    tables = [np.array([[codes[v] for v in row] for row in table], dtype=np.int8).T for table in by_kind if table]
     equal = sum(_equal(table) for table in tables)
     chance = sum(_expected(table) for table in tables)
     generator = np.random.default_rng(0)

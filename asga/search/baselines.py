@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from asga.policy import WeightBits, bit_width
 from asga.search.costs import LayerProfile, cost_tables, policy_costs
 from asga.search.solver import solve
 from asga.search.space import SpaceChoices
@@ -57,7 +58,7 @@ def random_choice(
 
 def uniform_pairs(
     profiles: Mapping[str, LayerProfile], choices: SpaceChoices, limits: Mapping[str, int]
-) -> list[tuple[int, int]]:
+) -> list[tuple[WeightBits, int | None]]:
     """The uniform pairs of weight and activation bits worth comparing with.
 
     These are pairs of candidates of all searched layers that fit every limit, without those that another one which
@@ -69,19 +70,26 @@ def uniform_pairs(
         limits: By metric.
 
     Returns:
-        Ascending by weight bits; none if no pair fits, or there is no bit-width that all layers have.
+        Ascending by weight bits, where a small float counts like the integer of its width; none if no pair fits, or
+        there is no bit-width that all layers have.
     """
     searched = [layer for layer in choices.layers.values() if not layer.pinned]
     weights = set.intersection(*(set(layer.weight_bits) for layer in searched))
     acts = set.intersection(*(set(layer.act_bits) for layer in searched))
 
-    def fits(pair: tuple[int, int]) -> bool:
+    def fits(pair: tuple[WeightBits, int | None]) -> bool:
         costs = policy_costs(profiles, choices.uniform(*pair))
         return all(getattr(costs, metric) <= limit for metric, limit in limits.items())
 
-    fitting = [pair for pair in ((w, a) for w in sorted(weights) for a in sorted(acts)) if fits(pair)]
+    pairs = [(w, a) for w in sorted(weights, key=_order) for a in sorted(acts, key=_order)]
+    widths = {pair: tuple(map(bit_width, pair)) for pair in pairs if fits(pair)}
 
-    def dominated(pair: tuple[int, int]) -> bool:
-        return any(other != pair and all(map(operator.ge, other, pair)) for other in fitting)
+    def dominated(width: tuple[int, ...]) -> bool:
+        return any(other != width and all(map(operator.ge, other, width)) for other in widths.values())
 
-    return [pair for pair in fitting if not dominated(pair)]
+    return [pair for pair, width in widths.items() if not dominated(width)]
+
+
+def _order(bits: WeightBits | None) -> tuple[int, bool]:
+    """Ascending, a small float behind the integer of its width."""
+    return bit_width(bits), isinstance(bits, str)

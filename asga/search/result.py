@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from asga._files import write_json
-from asga.policy import Policy
+from asga.policy import SMALL_FLOATS, Policy
 from asga.search.budget import Budget
 from asga.search.comparison import UniformComparison
 from asga.search.costs import Costs, LayerProfile, cost_tables, policy_costs
@@ -19,7 +19,7 @@ from asga.search.space import LayerChoices, SpaceChoices
 
 # Below this difference of log-probabilities the better candidate is at most 1.1 times as likely as the next.
 TOSS_UP = 0.1
-_FORMAT, _VERSION = "asga.search", 1
+_FORMAT, _VERSION = "asga.search", 2
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,13 @@ class SearchResult:
         }
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write everything but the history as JSON."""
+        """Write everything but the history as JSON, of version 2 if a candidate is a small float, else of version 1."""
+        small = any(bits in SMALL_FLOATS for layer in self.choices.layers.values() for bits in layer.weight_bits)
         write_json(
             path,
             {
                 "format": _FORMAT,
-                "version": _VERSION,
+                "version": 2 if small else 1,
                 "method": self.method,
                 "policy": self.policy.to_dict(),
                 "budget": self.budget.to_dict(),

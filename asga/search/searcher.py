@@ -12,7 +12,7 @@ from asga._batches import Batch, first_sample, to_device
 from asga._extras import require
 from asga.convert import prepare
 from asga.nn import calibrate
-from asga.policy import Policy
+from asga.policy import LayerPolicy, Policy
 from asga.runs import RunFolder
 from asga.search.baselines import uniform_pairs
 from asga.search.budget import Budget
@@ -130,7 +130,7 @@ class PolicySearcher:
         self.example_inputs = example_inputs
         self.loss_fn, self.autocast = loss_fn, autocast
         self.checkpoint_every, self.folder, self.progress, self.stage = checkpoint_every, folder, progress, stage
-        self.meta = dict(meta or {})
+        self.meta = ({} if self.space.target == "any" else {"target": self.space.target}) | dict(meta or {})
 
     def fit(self, loader: Iterable[Batch]) -> SearchResult:
         """Search on the batches of a loader.
@@ -190,7 +190,7 @@ class PolicySearcher:
             log_probs = score_candidates(self, profiles, batches, pairs)
             history = [{"stage": self.stage, "seconds": round(time.perf_counter() - started, 3)}]
         policy = best_policy(log_probs, self.choices, profiles, self.budget, self.meta)
-        uniform = UniformComparison(scored(policy), {f"w{w}a{a}": score for (w, a), score in pairs.items()})
+        uniform = UniformComparison(scored(policy), {str(LayerPolicy(*pair)): score for pair, score in pairs.items()})
         if uniform.better is False and self.method != "uniform":
             warnings.warn(f"the policy is not better than uniform bits: {uniform}", NotBetterThanUniform, stacklevel=2)
         return SearchResult(

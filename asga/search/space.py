@@ -1,26 +1,29 @@
 """The search space: which bit-widths each layer of a model may have."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from asga.nn.quantizable import find_quantizable
 from asga.ops.functional import MAX_CANDIDATES
-from asga.policy import LayerPolicy, Policy, check_bits, did_you_mean
+from asga.policy import LayerPolicy, Policy, WeightBits, bit_width, check_bits, check_weight_bits, did_you_mean
+from asga.targets import check_target, find_target
 
-Pin = int | tuple[int, int]
+Pin = int | tuple[WeightBits, int | None]
+
+_DEFAULT_BITS = (2, 3, 4, 6, 8)
 
 
 @dataclass(frozen=True)
 class LayerChoices:
-    """The candidate bit-widths of one layer, ascending; ``(None,)`` where the tensor stays float.
+    """The candidates of one layer, ascending in bits; ``(None,)`` where the tensor stays float.
 
     A `pinned` layer has one candidate for each and is not searched.
     """
 
-    weight_bits: tuple[int | None, ...]
+    weight_bits: tuple[WeightBits | None, ...]
     act_bits: tuple[int | None, ...]
     pinned: bool = False
 
@@ -48,19 +51,23 @@ class SpaceChoices:
         """
         return tuple(name for name in self.names if name not in self.layers)
 
-    def uniform(self, weight_bits: int, act_bits: int, meta: Mapping[str, object] | None = None) -> Policy:
+    def uniform(
+        self, weight_bits: WeightBits, act_bits: int | None, meta: Mapping[str, object] | None = None
+    ) -> Policy:
         """The policy that gives every searched layer the same bits, candidates or not.
 
-        Pinned layers keep their pins and excluded layers stay float, as in every policy of this space.
+        Pinned layers keep their pins, and excluded layers and inputs that are not quantized stay float, as in every
+        policy of this space.
         """
-        searched = LayerPolicy(weight_bits, act_bits)
         bits = {
-            name: LayerPolicy(c.weight_bits[0], c.act_bits[0]) if c.pinned else searched
+            name: LayerPolicy(c.weight_bits[0], c.act_bits[0])
+            if c.pinned
+            else LayerPolicy(weight_bits, None if c.act_bits == (None,) else act_bits)
             for name, c in self.layers.items()
         }
         return self._policy(bits, meta)
 
-    def uniform_choice(self, weight_bits: int, act_bits: int) -> dict[str, tuple[int, int]]:
+    def uniform_choice(self, weight_bits: WeightBits, act_bits: int | None) -> dict[str, tuple[int, int]]:
         """The same as indices into the candidates, for `policy`.
 
         Raises:
@@ -94,39 +101,62 @@ class SpaceChoices:
 class SearchSpace:
     """Which bit-widths the layers of a model may have.
 
-    Patterns are those of `fnmatch` (``"layer1.*"``, ``"*.downsample.0"``, or an exact name), matched
-    case-sensitively against the names of the model's quantizable layers. When several pins match a layer the
-    last one counts; when a layer is both pinned and excluded it is excluded.
+    Weights may also have small floats: ``"fp8"`` (E4M3) and ``"fp4"`` (E2M1 in blocks of 16), beside integers or
+    alone; see `asga.nn.FloatWeightQuantizer`. Patterns are those of `fnmatch` (``"layer1.*"``, ``"*.downsample.0"``,
+    or an exact name), matched case-sensitively against the names of the model's quantizable layers. When several pins
+    match a layer the last one counts; when a layer is both pinned and excluded it is excluded.
 
     Args:
-        weight_bits: Candidates for the weights, 2 to 8, at most 8 of them; kept in ascending order.
-        act_bits: The same for the inputs of the layers.
+        weight_bits: Candidates for the weights: 2 to 8, ``"fp4"``, ``"fp8"``; kept in ascending order of their bits.
+        act_bits: Candidates for the inputs of the layers, 2 to 8; None leaves the inputs float.
         first_last: Bits of the model's first and last quantizable layer, in registration order, unless
-            `pinned` says otherwise: an integer for weight and input, a pair ``(weight_bits, act_bits)``, or
-            None to search them like the others. 8 bits are customary: Esser et al., "Learned Step Size
-            Quantization", ICLR 2020.
+            `pinned` says otherwise: an integer for weight and input, a pair ``(weight_bits, act_bits)`` (the latter
+            None for a float input), or None to search them like the others. 8 bits are customary: Esser et al.,
+            "Learned Step Size Quantization", ICLR 2020.
         pinned: Bits by pattern, an integer or a pair, of layers that are quantized but not searched.
         exclude: Patterns of layers that stay float.
+        target: Where the model will run, a name in `asga.targets.TARGETS`; what that cannot run is refused when the
+            space is applied to a model. ``"any"`` restricts nothing.
+        formats: In place of `weight_bits`, and of `act_bits` unless that is given too: the candidates by name,
+            ``"int2"`` to ``"int8"`` for weights and inputs, ``"fp4"`` and ``"fp8"`` for weights.
 
     Raises:
-        TypeError: A bit-width is not an integer, or `exclude` not a sequence of strings.
-        ValueError: A bit-width is outside 2..8 or given twice, or there are no or too many candidates.
+        TypeError: A bit-width is neither an integer nor a name, or `exclude` not a sequence of strings.
+        ValueError: A bit-width is outside 2..8 or given twice, a format or a target unknown, or there are no or too
+            many candidates.
     """
 
-    weight_bits: Sequence[int] = (2, 3, 4, 6, 8)
-    act_bits: Sequence[int] = (2, 3, 4, 6, 8)
+    weight_bits: Sequence[WeightBits] = _DEFAULT_BITS
+    act_bits: Sequence[int] | None = _DEFAULT_BITS
     first_last: Pin | None = 8
     pinned: Mapping[str, Pin] = field(default_factory=dict)
     exclude: Sequence[str] = ()
+    target: str = "any"
+    formats: InitVar[Sequence[str] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, formats: Sequence[str] | None) -> None:
+        weight_bits, act_bits = self.weight_bits, self.act_bits
+        if formats is not None:
+            if weight_bits is not _DEFAULT_BITS:
+                raise ValueError(f"formats is {formats!r} and weight_bits is {weight_bits!r}; give one of them")
+            weight_bits = _candidates("formats", formats, check_weight_bits)
+            integers = tuple(bits for bits in weight_bits if isinstance(bits, int))
+            if act_bits is _DEFAULT_BITS:
+                if not integers:
+                    raise ValueError(
+                        f"formats is {formats!r}, with no integer for the inputs: give act_bits, or act_bits=None to "
+                        f"leave the inputs float"
+                    )
+                act_bits = integers
+        find_target(self.target)
         if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise TypeError(f"exclude is {self.exclude!r}; a sequence of name patterns is needed")
         first_last = None if self.first_last is None else _pair("first_last", self.first_last)
         pinned = {pattern: _pair(f"pinned[{pattern!r}]", pin) for pattern, pin in self.pinned.items()}
         # The dataclass is frozen: values in their canonical form can only be put in place this way.
-        object.__setattr__(self, "weight_bits", _candidates("weight_bits", self.weight_bits))
-        object.__setattr__(self, "act_bits", _candidates("act_bits", self.act_bits))
+        object.__setattr__(self, "weight_bits", _candidates("weight_bits", weight_bits, check_weight_bits))
+        if act_bits is not None:
+            object.__setattr__(self, "act_bits", _candidates("act_bits", act_bits, check_bits))
         object.__setattr__(self, "first_last", first_last)
         object.__setattr__(self, "pinned", pinned)
         object.__setattr__(self, "exclude", tuple(self.exclude))
@@ -141,7 +171,8 @@ class SearchSpace:
             The candidates of every quantizable layer, and why other layers stay float.
 
         Raises:
-            ValueError: A pattern matches no quantizable layer, or no layer is left to search.
+            ValueError: A pattern matches no quantizable layer, no layer is left to search, or the target cannot run
+                what could be chosen.
         """
         quantizable, skipped = find_quantizable(model)
         names = list(quantizable)
@@ -162,32 +193,35 @@ class SearchSpace:
                 weight_bits, act_bits = pins[name]
                 layers[name] = LayerChoices((weight_bits,), (act_bits,), pinned=True)
             else:
-                layers[name] = LayerChoices(self.weight_bits, self.act_bits)
+                layers[name] = LayerChoices(self.weight_bits, self.act_bits or (None,))
         if all(c.pinned for c in layers.values()):
             raise ValueError(
                 f"no layer is left to search: {len(layers)} of {len(names)} quantizable layers are pinned, "
                 f"{len(names) - len(layers)} excluded. first_last={self.first_last!r} is the rule for "
                 f"{names[0]!r} and {names[-1]!r}; first_last=None searches them too"
             )
+        check_target(self.target, quantizable, {n: (c.weight_bits, c.act_bits) for n, c in layers.items()})
         reasons = dict.fromkeys(excluded, "excluded by the search space")
         return SpaceChoices(layers, skipped | reasons, tuple(names))
 
 
-def _candidates(name: str, bits: Sequence[int]) -> tuple[int, ...]:
+def _candidates(
+    name: str, bits: Sequence[WeightBits], check: Callable[[str, object], WeightBits]
+) -> tuple[WeightBits, ...]:
     if isinstance(bits, str) or not isinstance(bits, Sequence):
         raise TypeError(f"{name} is {bits!r}; a sequence of integers is needed")
-    for k, value in enumerate(bits):
-        check_bits(f"{name}[{k}]", value)
-    if not 1 <= len(bits) <= MAX_CANDIDATES:
+    candidates = [check(f"{name}[{k}]", value) for k, value in enumerate(bits)]
+    if not candidates or sum(isinstance(value, int) for value in candidates) > MAX_CANDIDATES:
         raise ValueError(f"{name} has {len(bits)} candidates; between 1 and {MAX_CANDIDATES} are supported")
-    if len(set(bits)) < len(bits):
+    if len(set(candidates)) < len(candidates):
         raise ValueError(f"{name} is {tuple(bits)}; each candidate may be there only once")
-    return tuple(sorted(bits))
+    return tuple(sorted(candidates, key=lambda value: (bit_width(value), isinstance(value, str))))
 
 
-def _pair(name: str, pin: Pin) -> tuple[int, int]:
+def _pair(name: str, pin: Pin) -> tuple[WeightBits, int | None]:
     if isinstance(pin, Sequence) and not isinstance(pin, str) and len(pin) == 2:
-        return check_bits(f"{name}[0]", pin[0]), check_bits(f"{name}[1]", pin[1])
+        weight_bits = check_weight_bits(f"{name}[0]", pin[0])
+        return weight_bits, None if pin[1] is None else check_bits(f"{name}[1]", pin[1])
     if isinstance(pin, int):
         return check_bits(name, pin), pin
     raise TypeError(f"{name} is {pin!r}; an integer or a pair (weight_bits, act_bits) is needed")

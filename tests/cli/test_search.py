@@ -86,6 +86,15 @@ class TestRunFolder:
         assert run(*search_arguments, "--relaxation", "gumbel")[0] == 0
         assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["relaxation"] == "gumbel"
 
+    def test_formats_and_target_reach_the_search(self, run, search_arguments, tmp_path):
+        options = ("--formats", "int4,fp4,fp8", "--act-bits", "none", "--target", "any", "--budget", "size=w6")
+        assert run(*search_arguments, *options)[0] == 0
+        found = SearchResult.load(tmp_path / "run" / "search.json")
+        searched = {(c.weight_bits, c.act_bits) for c in found.choices.layers.values() if not c.pinned}
+        assert searched == {((4, "fp4", "fp8"), (None,))}
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert (config["options"]["formats"], config["options"]["target"]) == ("int4,fp4,fp8", "any")
+
     def test_given_weights_are_not_trained_again(self, run, search_arguments, tmp_path):
         assert run(*search_arguments)[0] == 0
         (tmp_path / "run").rename(tmp_path / "first")
@@ -305,6 +314,12 @@ class TestBadInput:
             (("--budget", "bitops=-3"), "bitops is '-3'"),
             (("--weight-bits", "2,9"), "weight_bits[1] is 9; supported are 2 to 8"),
             (("--act-bits", "two"), "'two' is not a list of bit-widths"),
+            (("--weight-bits", "none"), "weight_bits is None"),
+            (("--formats", "int4,fp6"), "formats[1] is 'fp6'; supported are int2"),
+            (("--formats", "int4", "--weight-bits", "4"), "formats is ('int4',) and weight_bits is (4,)"),
+            (("--formats", "fp4,fp8"), "no integer for the inputs"),
+            (("--target", "tensort"), "target is 'tensort'"),
+            (("--target", "onnxruntime-cpu"), "onnxruntime-cpu cannot run, as weights x inputs:"),
             (("--first-last", "16"), "first_last is 16"),
             (("--model", "resnet21"), "model 'resnet21' is not known"),
             (("--model", "asga_test_factory:nte"), "nearest: net"),

@@ -16,7 +16,7 @@ from asga.search.space import LayerChoices, SpaceChoices
 BITS = (2, 4, 8)
 
 
-def policy(*pairs: tuple[int | None, int | None]) -> Policy:
+def policy(*pairs: tuple[int | str | None, int | None]) -> Policy:
     return Policy({f"layer{i}": LayerPolicy(*pair) for i, pair in enumerate(pairs)})
 
 
@@ -34,6 +34,14 @@ class TestPolicyAgreement:
         assert found.equal == 5 / 8
         assert found.bits["layer1"] == {"weight": (3, 2), "act": (4, 4)}
         assert found.bits["layer3"] == {"weight": (None, None), "act": (8, 4)}
+
+    def test_small_floats_are_bits_of_their_own(self):
+        first, second = policy(("fp8", 4), (8, 4), ("fp4", 8)), policy((8, 4), (8, 8), ("fp4", 8))
+        found = policy_agreement({"a": first, "b": second})
+        assert (found.choices, found.equal) == (6, 4 / 6)
+        assert found.bits["layer0"] == {"weight": ("fp8", 8), "act": (4, 4)}
+        # Sums of products of counts: weights 8: 1 x 2, fp4: 1 x 1; inputs 4: 2 x 1, 8: 1 x 2.
+        assert found.chance == pytest.approx((2 + 1 + 2 + 2) / 18)
 
     def test_chance_is_the_mean_over_all_orders_of_the_layers(self):
         first = [(2, 4), (3, 4), (2, 8), (None, 8)]

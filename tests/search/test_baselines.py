@@ -88,6 +88,21 @@ class TestUniformPairs:
         """6 bits for inputs are no candidate of layer `one`."""
         assert uniform_pairs(PROFILES, CHOICES, limits(**budget)) == pairs
 
+    @pytest.mark.parametrize(
+        ("acts", "budget", "pairs"),
+        [
+            ((4, 8), {"bitops": "w4a8"}, [(4, 8), ("fp4", 8), (8, 4), ("fp8", 4)]),
+            ((4, 8), {"bitops": "w8a8"}, [(8, 8), ("fp8", 8)]),
+            ((None,), {"size": "w8"}, [(8, None), ("fp8", None)]),
+        ],
+        ids=["tight", "loose", "weights only"],
+    )
+    def test_a_small_float_is_no_better_than_the_integer_of_its_width(self, acts, budget, pairs):
+        searched = LayerChoices((2, 4, "fp4", 8, "fp8"), acts)
+        choices = SpaceChoices({**CHOICES.layers, "one": searched, "two": searched}, {}, CHOICES.names)
+        found = Budget(**budget).limits(PROFILES, choices)
+        assert uniform_pairs(PROFILES, choices, found) == pairs
+
     def test_none_fits(self):
         assert uniform_pairs(PROFILES, CHOICES, {"bitops": 1000}) == []
 

@@ -123,11 +123,25 @@ class TestFile:
             assert loaded.policy_for(budget) == result.policy_for(budget)
             assert loaded.policy_for(budget).meta == result.policy_for(budget).meta
 
+    def test_small_floats_are_of_version_2(self, result, tmp_path):
+        path = tmp_path / "search.json"
+        result.save(path)
+        assert json.loads(path.read_text())["version"] == 1
+        layers = CHOICES.layers | {"body.1": LayerChoices((2, "fp4", 8), (None,))}
+        choices = SpaceChoices(layers, CHOICES.skipped, CHOICES.names)
+        policy = best_policy(LOG_PROBS, choices, PROFILES, Budget(size="w4"))
+        floats = SearchResult(policy, Budget(size="w4"), choices, PROFILES, LOG_PROBS)
+        assert policy["body.1"].weight_bits == "fp4"
+        floats.save(path)
+        assert json.loads(path.read_text())["version"] == 2
+        loaded = SearchResult.load(path)
+        assert (loaded.policy, loaded.choices) == (policy, choices)
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             ({"format": "asga.policy"}, r"format 'asga\.policy' version 1 is not known"),
-            ({"version": 2}, "version 2 is not known"),
+            ({"version": 3}, "version 3 is not known"),
             ({"version": None}, "not a search result"),
             ({"layers": {"stem": {}}}, "weight_bits"),
             ({"log_probs": None}, "not a search result"),

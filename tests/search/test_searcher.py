@@ -277,6 +277,39 @@ class TestMethods:
             search(tiny_net(), labeled_batches(), space)
 
 
+class TestFormats:
+    """Small floats beside integers, in every method."""
+
+    FLOATS = SearchSpace(formats=("int2", "int4", "fp4", "int8", "fp8"))
+
+    @pytest.mark.parametrize("method", ["asga", "sgd", "sensitivity", "hawq", "uniform", "random"])
+    def test_are_candidates_like_others(self, tiny_net, labeled_batches, method, tmp_path):
+        result = search(tiny_net(), labeled_batches(2), self.FLOATS, budget=Budget(bitops="w5a4"), method=method)
+        assert result.policy["conv2"].weight_bits in self.FLOATS.weight_bits
+        assert result.cost_shares(result.policy)["bitops"] <= 1
+        assert any("fp" in pair for pair in result.uniform.pairs)
+        result.save(tmp_path / "search.json")
+        assert asga.SearchResult.load(tmp_path / "search.json").policy == result.policy
+
+    def test_weights_alone(self, tiny_net, labeled_batches):
+        space = SearchSpace(formats=("int4", "fp4", "fp8"), act_bits=None, first_last=("fp8", None))
+        result = search(tiny_net(), labeled_batches(), space, budget=Budget(size="w6"))
+        assert {layer.act_bits for layer in result.policy.values()} == {None}
+        assert set(result.gaps()["conv2"]) == {"weight"}
+        assert set(result.uniform.pairs) <= {"w4a32", "wfp4a32"}
+
+    def test_with_perturbed_quantized_weights(self, tiny_net, labeled_batches):
+        result = search(tiny_net(), labeled_batches(), self.FLOATS, optimizer_options={"perturb": "quantized"})
+        assert all(math.isfinite(record["loss"]) for record in result.history)
+
+    def test_of_a_target(self, tiny_net, labeled_batches):
+        with pytest.raises(ValueError, match="tensorrt cannot run"):
+            PolicySearcher(tiny_net(), SearchSpace(target="tensorrt"), budget=W4A4)
+        space = SearchSpace(weight_bits=(8,), act_bits=(8,), target="tensorrt", exclude=("fc",))
+        result = search(tiny_net(), labeled_batches(), space, budget=Budget(bitops="w8a8"))
+        assert result.policy.meta["target"] == "tensorrt"
+
+
 class TestNotFinite:
     @METHODS
     @pytest.mark.parametrize("bad", [0, 3], ids=["first batch", "a later batch"])

@@ -15,6 +15,7 @@ def small_net() -> nn.Module:
 
 NAMES = ("stem", "a.0", "a.2", "b.0", "b.2", "head")
 SEARCHED = LayerChoices((2, 4), (3, 8))
+INT8 = {"weight_bits": (8,), "act_bits": (8,)}
 EIGHT = LayerChoices((8,), (8,), pinned=True)
 
 
@@ -30,9 +31,38 @@ class TestSearchSpace:
     def test_candidates_are_sorted(self):
         assert SearchSpace(weight_bits=[8, 2, 4]).weight_bits == (2, 4, 8)
 
-    def test_survives_json(self):
-        original = space(pinned={"a.*": 4, "b.0": (2, 8)}, exclude=("b.2",))
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"pinned": {"a.*": 4, "b.0": (2, 8)}, "exclude": ("b.2",)},
+            {"weight_bits": (4, "fp4", "fp8"), "act_bits": None, "pinned": {"a.*": ("fp8", None)}},
+            {"target": "tensorrt"},
+        ],
+        ids=["integers", "floats", "target"],
+    )
+    def test_survives_json(self, arguments):
+        original = space(**arguments)
         assert SearchSpace(**json.loads(json.dumps(asdict(original)))) == original
+
+    def test_small_floats_come_behind_the_integer_of_their_width(self):
+        assert SearchSpace(weight_bits=["fp8", "fp4", 8, "int4", 2]).weight_bits == (2, 4, "fp4", 8, "fp8")
+        everything = (2, 3, 4, "fp4", 5, 6, 7, 8, "fp8")
+        assert SearchSpace(weight_bits=everything[::-1]).weight_bits == everything
+
+    @pytest.mark.parametrize(
+        ("arguments", "weights", "acts"),
+        [
+            ({"formats": ("int8", "int4", "fp8")}, (4, 8, "fp8"), (4, 8)),
+            ({"formats": ("int4", "fp4"), "act_bits": (6, 8)}, (4, "fp4"), (6, 8)),
+            ({"formats": ("fp4", "fp8"), "act_bits": None}, ("fp4", "fp8"), None),
+            ({"formats": ("int2", "int3")}, (2, 3), (2, 3)),
+        ],
+        ids=["both", "act_bits given", "float inputs", "integers"],
+    )
+    def test_formats_by_name(self, arguments, weights, acts):
+        found = SearchSpace(**arguments)
+        assert (found.weight_bits, found.act_bits) == (weights, acts)
+        assert found == SearchSpace(weight_bits=weights, act_bits=acts)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -40,6 +70,11 @@ class TestSearchSpace:
             ({"weight_bits": ()}, "weight_bits has 0 candidates; between 1 and 8"),
             ({"weight_bits": (2, 9)}, r"weight_bits\[1\] is 9; supported are 2 to 8"),
             ({"act_bits": (1, 2)}, r"act_bits\[0\] is 1; supported are 2 to 8"),
+            ({"weight_bits": (4, "int4")}, r"weight_bits is \(4, 'int4'\); each candidate may be there only once"),
+            ({"weight_bits": ("fp6",)}, r"weight_bits\[0\] is 'fp6'; supported are int2, .* fp4, fp8"),
+            ({"formats": ("int4",), "weight_bits": (2, 4)}, "formats is .* and weight_bits is .*; give one of them"),
+            ({"target": "tensort"}, "target is 'tensort'; .*; did you mean 'tensorrt'"),
+            ({"pinned": {"a.*": ("fp6", 8)}}, r"pinned\['a\.\*'\]\[0\] is 'fp6'"),
             ({"act_bits": (2, 3, 2)}, r"act_bits is \(2, 3, 2\); each candidate may be there only once"),
             ({"act_bits": (2,) * 9}, "act_bits has 9 candidates; between 1 and 8"),
             ({"first_last": 16}, "first_last is 16; supported are 2 to 8"),
@@ -56,6 +91,8 @@ class TestSearchSpace:
             ({"weight_bits": 4}, "weight_bits is 4; a sequence of integers is needed"),
             ({"weight_bits": "248"}, "weight_bits is '248'; a sequence"),
             ({"weight_bits": (2, 4.0)}, r"weight_bits\[1\] is 4.0; an integer"),
+            ({"act_bits": (4, "fp8")}, r"act_bits\[1\] is 'fp8'; an integer"),
+            ({"first_last": (8, "fp8")}, r"first_last\[1\] is 'fp8'; an integer"),
             ({"first_last": (8, 8, 8)}, r"first_last is \(8, 8, 8\); an integer or a pair"),
             ({"pinned": {"a.*": "8"}}, r"pinned\['a\.\*'\] is '8'; an integer or a pair"),
             ({"exclude": "head"}, "exclude is 'head'; a sequence of name patterns"),
@@ -65,6 +102,10 @@ class TestSearchSpace:
     def test_refuses_bad_types(self, arguments, message):
         with pytest.raises(TypeError, match=message):
             SearchSpace(**arguments)
+
+    def test_formats_need_an_integer_for_the_inputs(self):
+        with pytest.raises(ValueError, match=r"no integer for the inputs: give act_bits, or act_bits=None"):
+            SearchSpace(formats=("fp4", "fp8"))
 
 
 class TestChoices:
@@ -86,6 +127,35 @@ class TestChoices:
         assert choices.layers["a.2"] == LayerChoices((6,), (6,), pinned=True)
         assert choices.layers["b.2"] == LayerChoices((2,), (8,), pinned=True)
         assert choices.layers["head"] == LayerChoices((4,), (4,), pinned=True)
+
+    def test_small_floats_and_float_inputs(self):
+        found = space(weight_bits=(4, "fp4"), act_bits=None, pinned={"b.*": ("fp8", None)}).choices(small_net())
+        assert found.layers["a.0"] == LayerChoices((4, "fp4"), (None,))
+        assert found.layers["b.0"] == LayerChoices(("fp8",), (None,), pinned=True)
+        assert found.layers["stem"] == EIGHT
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({}, r"Conv2d: int2 x int3/int8, int4 x int3/int8, for 'a\.0', 'a\.2', 'b\.0' and 1 more\n"),
+            (
+                {"weight_bits": (8,), "act_bits": (8,), "pinned": {"b.*": (4, 8)}},
+                r"Conv2d: int4 x int8, for 'b\.0', 'b",
+            ),
+            ({"weight_bits": (8,), "act_bits": (8,), "first_last": ("fp8", 8)}, r"Linear: fp8 x int8, for 'head'"),
+        ],
+        ids=["candidates", "pins", "first_last"],
+    )
+    def test_what_the_target_cannot_run_is_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=f"onnxruntime-cpu cannot run, as weights x inputs:\n(.*\n)*.*{message}"):
+            space(target="onnxruntime-cpu", **arguments).choices(small_net())
+
+    def test_what_the_target_can_run_is_not(self):
+        only_int8 = space(target="onnxruntime-cpu", **INT8).choices(small_net())
+        assert only_int8.layers["a.0"] == LayerChoices((8,), (8,))
+        weights = {"weight_bits": (2, 4, 8), "act_bits": None, "first_last": None}
+        found = space(target="onnxruntime-cpu", **weights, exclude=("stem", "a.*", "b.*")).choices(small_net())
+        assert found.layers == {"head": LayerChoices((2, 4, 8), (None,))}
 
     def test_excluded_layers_stay_float(self):
         choices = space(exclude=("b.*", "head"), pinned={"b.0": 4}).choices(small_net())
@@ -139,6 +209,12 @@ class TestPolicies:
         assert policy["stem"] == LayerPolicy(8, 8)
         assert policy["a.2"] == LayerPolicy(None, None)
         assert policy.meta == {"budget": "w5a7"}
+
+    def test_uniform_keeps_float_inputs_float(self):
+        choices = space(weight_bits=(4, "fp4"), act_bits=None).choices(small_net())
+        assert choices.uniform(3, 5)["a.0"] == LayerPolicy(3, None)
+        assert choices.uniform("fp4", None)["a.0"] == LayerPolicy("fp4", None)
+        assert choices.policy(choices.uniform_choice("fp4", None)) == choices.uniform("fp4", None)
 
     def test_from_indices(self, choices):
         chosen = {"stem": (0, 0), "a.0": (1, 0), "b.0": (0, 0), "b.2": (0, 1), "head": (0, 0)}
