@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from asga.report.probabilities import Series, read_series, sparkline
+from asga.policy import WeightBits
+from asga.report.probabilities import Series, described, read_series, sparkline
 from asga.report.run import TENSORS, Run
 from asga.report.style import Drawing
 from asga.search.result import TOSS_UP
@@ -11,10 +12,15 @@ from asga.search.result import TOSS_UP
 
 @dataclass(frozen=True)
 class Candidate:
-    """A bit-width that could be chosen, and the probability that the search gave it."""
+    """A bit-width or format that could be chosen, and the probability that the search gave it."""
 
-    bits: int
+    bits: WeightBits
     probability: float
+
+    @property
+    def shown(self) -> str:
+        """What it is, in words."""
+        return described(self.bits)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Choice:
         by_epoch: The probabilities over the epochs; None where there was no choice.
     """
 
-    bits: int | None
+    bits: WeightBits | None
     shown: str
     candidates: tuple[Candidate, ...]
     gap: float | None

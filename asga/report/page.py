@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from asga._files import write_atomic
+from asga.policy import bit_width
 from asga.report.curves import cost_figure, diagnostics_figure, training_figure
 from asga.report.html import bytes_, count, duration, percent, render
 from asga.report.layers import LayerRow, layer_rows, toss_ups
@@ -142,7 +143,7 @@ def _mean_bits(run: Run) -> dict[str, float]:
     if run.policy is None:
         return {}
     bits = {
-        "weights": [layer.weight_bits for layer in run.policy.values() if layer.weight_bits is not None],
+        "weights": [bit_width(layer.weight_bits) for layer in run.policy.values() if layer.weight_bits is not None],
         "activations": [layer.act_bits for layer in run.policy.values() if layer.act_bits is not None],
     }
     return {kind: fmean(values) for kind, values in bits.items() if values}

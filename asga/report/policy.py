@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING
 
 from asga._files import write_atomic
-from asga.policy import MAX_BITS, Policy
+from asga.policy import MAX_BITS, Policy, WeightBits, bit_width
 from asga.report.style import FIRST, INK, MUTED, SECOND, new_figure, style
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ _LONGEST_NAME = 44
 def policy_figure(policy: Policy) -> "Figure":
     """Bits of the weight and of the input of every layer, from the first layer at the top to the last.
 
-    A tensor that stays float is a pale bar across the whole width. The figure is as tall as the policy is long.
+    A tensor that stays float is a pale bar across the whole width; a small float has a bar of its bits, and its name.
+    The figure is as tall as the policy is long.
 
     Args:
         policy: Any number of layers.
@@ -57,8 +58,8 @@ def save_policy_figure(policy: Policy, path: str | os.PathLike) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def _bars(axes: "Axes", title: str, bits: list[int | None], color: str) -> None:
-    lengths = [MAX_BITS if b is None else b for b in bits]
+def _bars(axes: "Axes", title: str, bits: list[WeightBits | None], color: str) -> None:
+    lengths = [min(bit_width(b), MAX_BITS) for b in bits]
     bars = axes.barh(range(len(bits)), lengths, height=0.7, color=color)
     for bar, b in zip(bars, bits, strict=True):
         if b is None:

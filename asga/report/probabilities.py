@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from asga.policy import WeightBits
 from asga.report.run import TENSORS, Layers, Run
 from asga.report.style import SHADES, Drawing
 
@@ -16,12 +17,12 @@ class Series:
     """What one tensor went through.
 
     Args:
-        candidates: Its bit-widths.
+        candidates: Its bit-widths or formats.
         epochs: When probabilities were logged.
         probabilities: ``[epochs, candidates]``.
     """
 
-    candidates: tuple[int, ...]
+    candidates: tuple[WeightBits, ...]
     epochs: tuple[int, ...]
     probabilities: np.ndarray
 
@@ -61,10 +62,15 @@ def sparkline(series: Series, name: str) -> Drawing:
         areas.append(f'<path class="shade{classes[k]}" d="M{line}V100H0Z"/>')
     svg = f'<svg viewBox="0 0 {width} 100" preserveAspectRatio="none">{"".join(areas)}</svg>'
     steps = ", ".join(
-        f"{bits} bits {first:.0%} to {last:.0%}"
+        f"{described(bits)} {first:.0%} to {last:.0%}"
         for bits, first, last in zip(series.candidates, series.probabilities[0], series.probabilities[-1], strict=True)
     )
     return Drawing(svg, f"{name}: {steps}")
+
+
+def described(bits: WeightBits) -> str:
+    """``"4 bits"``, or the name of a small float."""
+    return bits if isinstance(bits, str) else f"{bits} bits"
 
 
 def shades(candidates: int) -> list[int]:
@@ -74,7 +80,7 @@ def shades(candidates: int) -> list[int]:
 
 def _series(seeds: list[dict[int, Layers]], name: str, kind: str) -> Series:
     logged: dict[int, list[list[float]]] = {}
-    candidates: tuple[int, ...] = ()
+    candidates: tuple[WeightBits, ...] = ()
     for epochs in seeds:
         for epoch, layers in epochs.items():
             if name in layers:

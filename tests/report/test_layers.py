@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from asga.policy import LayerPolicy, Policy
 from asga.report.layers import layer_rows, toss_ups
 from asga.report.run import read_run
 
@@ -49,3 +50,14 @@ def test_a_probability_that_underflowed_is_an_infinite_gap(run_folder):
     row = layer_rows(replace(run, probabilities={"": {1: found}}))[1]
     assert row.weight.gap == math.inf
     assert row.act.gap is None
+
+
+def test_small_floats_have_their_names(run_folder):
+    run = read_run(run_folder)
+    layers = {**run.policy, "layer1.0.conv1": LayerPolicy("fp4", 4)}
+    found = {
+        "layer1.0.conv1": {"weight_bits": [4, "fp4"], "weight_probs": [0.4, 0.6], "act_bits": [4], "act_probs": [1]}
+    }
+    choice = layer_rows(replace(run, policy=Policy(layers), probabilities={"seed0": {2: found}}))[1].weight
+    assert (choice.bits, choice.shown) == ("fp4", "fp4")
+    assert [candidate.shown for candidate in choice.candidates] == ["4 bits", "fp4"]

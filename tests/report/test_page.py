@@ -205,6 +205,14 @@ def test_a_policy_over_its_budget_is_called_that(run_folder, policy):
     assert "1.5 M of 1.0 M (150.0 %), over the budget" in _page(run_folder).text
 
 
+def test_small_floats_are_named_and_averaged_by_their_bits(run_folder, policy):
+    layers = {"conv1": LayerPolicy("fp8", 8), "layer1.0.conv1": LayerPolicy("fp4", 4), "fc": LayerPolicy(None, 8)}
+    Policy(layers, policy.meta).save(run_folder / "policy.json")
+    text = _page(run_folder).text
+    assert "6.0 bits for weights" in text
+    assert "fp4" in text
+
+
 def test_everything_from_outside_is_escaped(run_folder, records, result):
     attack = "<script>alert('x')</script>\"&$"
     (run_folder / "config.json").write_text(json.dumps({"command": attack, "options": {attack: attack}}))

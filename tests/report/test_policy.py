@@ -22,6 +22,13 @@ def test_both_panels_show_every_layer_in_order(policy):
     assert weight.get_ylim()[0] > weight.get_ylim()[1]  # the first layer is at the top
 
 
+def test_small_floats_have_a_bar_of_their_bits_and_their_name():
+    weight = policy_figure(Policy({"a": LayerPolicy("fp4", 8), "b": LayerPolicy("fp8", None)})).axes[0]
+    assert [bar.get_width() for bar in weight.patches] == [4, 8]
+    assert [text.get_text() for text in weight.texts] == ["fp4", "fp8"]
+    assert all(bar.get_alpha() is None for bar in weight.patches)
+
+
 def test_float_is_told_from_eight_bits(policy):
     pinned, _, unquantized = policy_figure(policy).axes[0].patches
     assert pinned.get_alpha() is None

@@ -52,6 +52,10 @@ class TestSparkline:
         paths = re.findall(r'class="(\w+)" d="([^"]+)"', drawing.svg)
         assert paths == [("shade7", "M0,0H1V100H0Z"), ("shade4", "M0,50L1,10V100H0Z"), ("shade0", "M0,80L1,90V100H0Z")]
 
+    def test_small_floats_are_named(self):
+        series = Series((4, "fp4"), (1,), np.array([[0.2, 0.8]]))
+        assert sparkline(series, "conv, weight").description == "conv, weight: 4 bits 20% to 20%, fp4 80% to 80%"
+
     def test_a_single_epoch_is_a_bar(self):
         assert "M0,75L1,75V100H0Z" in sparkline(Series((2, 4), (1,), np.array([[0.25, 0.75]])), "conv").svg
 
