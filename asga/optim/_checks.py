@@ -49,6 +49,12 @@ def check_alpha(alpha: float, variant: str, alpha_mode: str) -> None:
         raise ValueError(f"alpha is {alpha}; as a share of the ascent step (alpha_mode 'relative') it is below 1")
 
 
+def check_factor(factor: float) -> None:
+    """What a radius is multiplied by."""
+    if not 0 < factor < math.inf:
+        raise ValueError(f"factor is {factor}; it must be positive and finite")
+
+
 def check_group(group: dict[str, object]) -> None:
     """A parameter group with its defaults filled in."""
     rho_scale = group["rho_scale"]

@@ -6,6 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from asga.optim._flat import buckets, copy_flat_, flatten
+
+# As large as DDP's: one message takes its full bandwidth, and the copies need little memory.
+_BUCKET_BYTES = 25 * 2**20
+
 
 class Ranks:
     """The processes that train the same weights on batches of their own.
@@ -28,22 +33,20 @@ class Ranks:
             return False
         return dist.get_world_size(self._process_group) > 1
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes, the same bits on each; not finite where one of them is not."""
-        if not self.several:
-            return values
-        total = values.clone()
-        dist.all_reduce(total, group=self._process_group)
-        return total / dist.get_world_size(self._process_group)
+    def mean_(self, values: Tensor) -> Tensor:
+        """The mean over all processes, in place, the same bits on each; not finite where one of them is not."""
+        if self.several:
+            dist.all_reduce(values, group=self._process_group)
+            values.div_(dist.get_world_size(self._process_group))
+        return values
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Average lists of tensors over all processes, in place."""
+        """Average a list of tensors over all processes, in place: one all-reduce for each bucket of them."""
         if not self.several:
             return
-        size = dist.get_world_size(self._process_group)
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=self._process_group)
-            tensor.div_(size)
+        for bucket in buckets(tensors, _BUCKET_BYTES):
+            members = [tensors[index] for index in bucket]
+            copy_flat_(members, self.mean_(flatten(members)))
 
     @property
     def _process_group(self) -> object | None:

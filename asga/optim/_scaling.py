@@ -1,30 +1,17 @@
 """The factor of a `torch.amp.GradScaler`: read once for both passes, and told afterwards whether it was too large."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 
-class Scaling(NamedTuple):
-    """The factor S that the gradients of a step carry.
+def grad_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
+    """The factor S that the gradients of a step carry, 0-dim float64; None without a scaler.
 
-    Attributes:
-        scale: 0-dim float64, or None without a scaler.
-        factor: The same, 1 without a scaler.
+    It is what a loss of one would be scaled to, so that the host need not read it.
     """
-
-    scale: Tensor | None
-    factor: Tensor
-
-    @classmethod
-    def of(cls, scaler: torch.amp.GradScaler | None, device: torch.device) -> "Scaling":
-        """That of a scaler at this moment, without reading it: it is what a loss of one would be scaled to."""
-        one = torch.ones((), device=device)
-        if scaler is None or not scaler.is_enabled():
-            return cls(None, one.double())
-        scale = scaler.scale(one).double()
-        return cls(scale, scale)
+    if scaler is None or not scaler.is_enabled():
+        return None
+    return scaler.scale(torch.ones((), dtype=torch.float64, device=device))
 
 
 class Witness:

@@ -3,12 +3,11 @@
 Scalars are float64 tensors on one device, that of the radius, and are never read by the host.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from asga.optim._lists import Lists, local
+from asga.optim._lists import Lists
+from asga.optim._pending import Pending
 from asga.optim._ranks import add_over_shards
 
 
@@ -18,71 +17,16 @@ def ascent_norm(lists: list[Lists], adaptive: bool, device: torch.device) -> Ten
     return _total(lists, sums, device, ())
 
 
-class Backup(NamedTuple):
-    """Old bits of some parameters; `done`, one value on the device, is 1 from the moment on that they are there."""
-
-    owners: list[Tensor]
-    kept: list[Tensor]
-    scales: list[float]
-    done: Tensor
-
-
-def perturb(
-    lists: Lists,
-    kept: list[Tensor],
-    first_grads: list[Tensor],
-    step: Tensor,
-    adaptive: bool,
-    backups: list[Backup],
-) -> None:
-    """A3 over some tensors, noted in `backups`.
-
-    An interrupt may come right before or right after the sweep. The note is made before it, and one parameter more,
-    whose backup is `done`, tells whether the sweep has run.
-    """
-    # Fills: a tensor of given values would be copied from the host, which a GPU waits for.
-    one, done, zero = lists.params[0].new_ones(1), lists.params[0].new_zeros(1), lists.grads[0].new_zeros(1)
-    backups.append(Backup(lists.owners, kept, lists.rho_scales, done))
-    copies = [*first_grads, torch.empty_like(zero)] if first_grads else []
-    torch.ops.asga.sam_perturb.default(
-        [*lists.params, one],
-        [*kept, done],
-        copies,
-        [*lists.grads, zero],
-        step.to(lists.device),
-        [*lists.rho_scales, 1.0],
-        adaptive,
-    )
-    torch.autograd.graph.increment_version(lists.params)
-
-
-def by_owner(backups: list[Backup], *, only_done: bool = False) -> dict[Tensor, Tensor]:
-    """The backups of all parameters that have moved; `only_done` waits for the device."""
-    return {
-        owner: kept
-        for backup in backups
-        if not only_done or backup.done.item() == 1
-        for owner, kept, scale in zip(backup.owners, backup.kept, backup.scales, strict=True)
-        if scale > 0
-    }
-
-
 def gradient_dots(
-    lists: list[Lists],
-    first_grads: dict[Tensor, Tensor] | None,
-    backups: dict[Tensor, Tensor],
-    *,
-    adaptive: bool,
-    device: torch.device,
+    lists: list[Lists], pending: Pending, backups: dict[Tensor, Tensor], *, full: bool, adaptive: bool
 ) -> Tensor:
-    """B1: the four dot products over all tensors; only <g1, g1> without `first_grads`."""
+    """B1: the four dot products over all tensors; only <g1, g1> unless `full`."""
     sums = []
     for one in lists:
-        nothing = one.params[0].new_empty(0)
-        first = [] if first_grads is None else one.parallel(first_grads, [nothing] * len(one.params))
+        first = pending.first_grads_of(one) if full else []
         at_theta = one.parallel(backups, one.params)
         sums.append(torch.ops.asga.sam_dots.default(at_theta, first, one.grads, one.rho_scales, adaptive))
-    return _total(lists, sums, device, (4,))
+    return _total(lists, sums, pending.q0.device, (4,))
 
 
 def combine(lists: Lists, backups: list[Tensor], first_grads: list[Tensor], coefficients: Tensor) -> None:
@@ -96,12 +40,6 @@ def combine(lists: Lists, backups: list[Tensor], first_grads: list[Tensor], coef
     coefficients = coefficients.to(lists.device)
     torch.ops.asga.sam_combine.default(lists.params, backups, first_grads, lists.grads, coefficients)
     torch.autograd.graph.increment_version(lists.params)
-
-
-def restore(backups: dict[Tensor, Tensor]) -> None:
-    """Copy the old bits back, by owner. Subtracting the perturbation would not give them."""
-    for owner, kept in backups.items():
-        local(owner).copy_(kept)
 
 
 def _total(lists: list[Lists], sums: list[Tensor], device: torch.device, shape: tuple[int, ...]) -> Tensor:

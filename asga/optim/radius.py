@@ -51,10 +51,12 @@ class Radius:
     ) -> None:
         self.rho_min, self.rho_max, self.rule = rho_min, rho_max, rule
         start = math.sqrt(rho_min * rho_max) if rule == "adaptive" else rho_max
-        self.rho = torch.tensor(start, dtype=torch.float64, device=device)
+        self.rho = torch.full((), start, dtype=torch.float64, device=device)
         self.counts = torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
-        lr = lr.detach() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
-        self._lr = lr.to(device, torch.float64, copy=True).reshape(())
+        if isinstance(lr, Tensor):
+            self._lr = lr.detach().to(device, torch.float64, copy=True).reshape(())
+        else:
+            self._lr = torch.full((), lr, dtype=torch.float64, device=device)
 
     @property
     def follows_gap(self) -> bool:
@@ -65,13 +67,15 @@ class Radius:
         """Move it to where the learning rate of a parameter group puts it, if it is proportional to that."""
         if self.rule != "proportional":
             return
-        start = group.get("initial_lr", self._lr)
-        lr = torch.as_tensor(group["lr"], dtype=torch.float64)
-        if not isinstance(start, Tensor):
-            start = torch.tensor(start, dtype=torch.float64)
-        # What is on the device stays there; numbers are combined on the host.
-        share = lr / start if lr.device == start.device else lr.to(self.rho.device) / start.to(self.rho.device)
-        self.rho.copy_((self.rho_max * share).clamp(self.rho_min, self.rho_max), non_blocking=True)
+        lr, start = group["lr"], group.get("initial_lr", self._lr)
+        if not isinstance(start, Tensor) and start == 0:
+            raise ValueError("initial_lr is 0 in a parameter group; a radius proportional to lr needs another start")
+        # A fill where the host knows the number: a copy from the host would have to be waited for.
+        if isinstance(lr, Tensor) and lr.device == self.rho.device:
+            self.rho.copy_(lr.detach().reshape(()))
+        else:
+            self.rho.fill_(float(lr))
+        self.rho.div_(start).mul_(self.rho_max).clamp_(self.rho_min, self.rho_max)
 
     def scale(self, factor: float) -> None:
         """Multiply the radius and its upper bound; the lower bound follows where it would be above that."""

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from asga.optim import ASGA
-from asga.optim.batchnorm import restore_running_statistics, save_running_statistics
+from asga.optim.batchnorm import choose_running_statistics, restore_running_statistics, save_running_statistics
 
 
 def buffers(model):
@@ -50,6 +50,29 @@ def test_sync_batchnorm_statistics_are_undone():
     layer.num_batches_tracked.add_(1)
     restore_running_statistics(layer, saved)
     assert_same_buffers(layer, expected)
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_the_device_chooses_between_two_states(condition):
+    layers = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm2d(2).double())
+    states, saved = [], []
+    for value in (1.0, math.nan):
+        for layer in layers:
+            layer.running_mean.fill_(value)
+            layer.num_batches_tracked.add_(1)
+        states.append(buffers(layers))
+        saved.append(save_running_statistics(layers))
+    restore_running_statistics(layers, choose_running_statistics(torch.tensor(condition), *saved))
+    for name, buffer in layers.named_buffers():
+        torch.testing.assert_close(buffer, states[0 if condition else 1][name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_buffer_that_a_layer_replaces_is_restored_where_it_is_now():
+    layer = nn.BatchNorm1d(4)
+    saved = save_running_statistics(layer)
+    layer.running_mean = layer.running_mean + 1.0
+    restore_running_statistics(layer, saved)
+    assert layer.running_mean.tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("protocol", ["closure", "two calls"])

@@ -38,7 +38,7 @@ def work(rank, options, view, fault, faulty_pass):
         before = [p.detach().clone() for p in net.parameters()]
         for index, take in enumerate((optimizer.first_step, optimizer.second_step), 1):
             bad = rank == 1 and number % 10 == 3 and index == faulty_pass
-            with model.no_sync() if optimizer.local_ascent and index == 1 else nullcontext():
+            with model.no_sync() if optimizer.options.local_ascent and index == 1 else nullcontext():
                 loss = 3 * (model(x.float()) - y.float()).square().mean()
                 if bad and fault == "loss":
                     loss = loss * math.inf
@@ -158,3 +158,44 @@ def work(rank, local):
 def test_pass_1_along_the_mean_gradient_or_that_of_each_worker(on_two_ranks):
     averaged, local = on_two_ranks(ORACLE, [{"local": False}, {"local": True}])
     assert max(*averaged, *local) < 1e-12
+
+
+UNUSED = (
+    SOURCE
+    + """
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.left, self.right = (nn.Linear(6, 6).double() for _ in range(3))
+
+    def forward(self, x, left):
+        return (self.left if left else self.right)(self.shared(x))
+
+def work(rank):
+    import torch.distributed as dist
+    messages, send = [], dist.all_reduce
+    def all_reduce(tensor, **options):
+        messages.append(tensor.numel())
+        return send(tensor, **options)
+    dist.all_reduce = all_reduce
+    net = Branches()
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer = ASGA(net.parameters(), lr=0.05, momentum=0.9, local_ascent=True)
+    for x, _ in batches(rank, 5):
+        for take in (optimizer.first_step, optimizer.second_step):
+            with model.no_sync() if take == optimizer.first_step else nullcontext():
+                loss = model(x, left=rank == 0).square().mean()
+                loss.backward()
+            take(loss)
+    dist.all_reduce = send
+    return digest(net.parameters()), messages
+"""
+)
+
+
+def test_workers_may_lack_different_gradients_in_pass_1(on_two_ranks):
+    (((one, messages), (two, _)),) = on_two_ranks(UNUSED, [{}])
+    assert one == two
+    # All gradients at once; two losses, the norm, the step and the verdict at once.
+    assert messages == 5 * [3 * (36 + 6), 5]

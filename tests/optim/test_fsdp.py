@@ -53,7 +53,8 @@ def work(rank, options, mesh=None):
     train(model, optimizer, rank, 2)
     one, two = optimizer.diagnostics(), reference.diagnostics()
     state = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
-    kept = [(k.shape, p.to_local().shape) for b in optimizer._buffers.values() for p, k in b.items()]
+    rooms = (optimizer._memory.backups, optimizer._memory.first_grads)
+    kept = [(k.shape, p.to_local().shape) for b in rooms for p, k in b.items()]
     return {
         "error": max((a - b).abs().max().item() for a, b in zip(whole(model), whole(alone))),
         "moved": max((a - b).abs().max().item() for a, b in zip(whole(model), network().parameters())),

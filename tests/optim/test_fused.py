@@ -199,7 +199,7 @@ class TestMemory:
                 problem.loss().backward()
                 take(zero_grad=False)
             optimizer.zero_grad()
-            kept = [t for buffers in optimizer._buffers.values() for t in buffers.values()]
+            kept = [t for rooms in (optimizer._memory.backups, optimizer._memory.first_grads) for t in rooms.values()]
             return [t.data_ptr() for t in kept] + [s["momentum_buffer"].data_ptr() for s in optimizer.state.values()]
 
         first = places()
@@ -212,7 +212,7 @@ class TestMemory:
         grads = [p.grad for p in problem.params]
         optimizer.first_step()
         assert all(kept is grad for kept, grad in zip(optimizer._pending.first_grads.values(), grads, strict=True))
-        assert not optimizer._buffers["first_grads"]
+        assert not optimizer._memory.first_grads
 
     @pytest.mark.parametrize("kind", ["a view of a bucket", "a bucket of one", "kept on request"])
     def test_a_gradient_that_something_else_can_write_is_copied(self, problem, kind):
@@ -233,7 +233,7 @@ class TestMemory:
             bucket.fill_(math.nan)
         kept = optimizer._pending.first_grads
         assert all(torch.equal(kept[p], grad) for p, grad in zip(problem.params, expected, strict=True))
-        assert len(optimizer._buffers["first_grads"]) == len(problem.params)
+        assert len(optimizer._memory.first_grads) == len(problem.params)
 
     def test_no_gradient_is_kept_where_none_is_needed(self, problem):
         optimizer = ASGA(problem.params, lr=0.1, variant="sam", products="guard")

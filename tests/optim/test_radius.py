@@ -108,6 +108,12 @@ class TestProportional:
         radius.before_step({name: kind(value) for name, value in group.items()})
         assert radius.rho.item() == pytest.approx(rho, rel=1e-6)
 
+    def test_a_start_of_zero_is_refused(self):
+        radius = self.radius()
+        with pytest.raises(ValueError, match="initial_lr is 0"):
+            radius.before_step({"lr": 0.1, "initial_lr": 0.0})
+        assert radius.rho == 0.5
+
     def test_does_not_follow_the_gap(self):
         radius = self.radius()
         update(radius, 0.2)
