@@ -40,8 +40,8 @@ STEPS = [
     ("step, float64 and float16", torch.float64, torch.float16, True),
 ]
 # Kernels of a few scalars, and those that write nothing but sums.
-SCALARS = {"_ascent_step_kernel", "_coefficients_kernel", "_adam_sizes_kernel"}
-SUMS = {"_norm_kernel", "_dots_kernel"}
+SCALARS = {"ascent_step_kernel", "coefficients_kernel", "adam_sizes_kernel"}
+SUMS = {"norm_kernel", "dots_kernel"}
 
 
 def _compile_all(architecture: int) -> list[dict]:
