@@ -24,8 +24,9 @@ from asga.bench.measure import (
 from asga.bench.peers import Contestant, build_all
 from asga.bench.searches import SearchCase, build_searches, select_searches
 from asga.bench.shapes import PASSES, Case, select
+from asga.bench.step_peers import build_steppers
 from asga.bench.steps import PASSES as STEP_PASSES
-from asga.bench.steps import StepCase, build_steppers, select_steps
+from asga.bench.steps import StepCase, select_steps
 
 # glibc never keeps a block larger than this (DEFAULT_MMAP_THRESHOLD_MAX in its malloc.c, on 64 bits).
 _ALWAYS_FRESH = 32 * 2**20

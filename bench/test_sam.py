@@ -2,7 +2,8 @@
 
 import pytest
 
-from asga.bench.steps import PASSES, build_steppers, select_steps
+from asga.bench.step_peers import build_steppers
+from asga.bench.steps import PASSES, select_steps
 
 pytest.importorskip("pytest_benchmark")
 
