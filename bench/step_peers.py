@@ -5,12 +5,11 @@ call.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from asga.bench.steps import StepCase
+from asga.bench.steps import StepCase, Stepper
 from asga.ops.sam_traffic import CountTraffic
 from asga.optim import ASGA
 
@@ -20,23 +19,6 @@ LR = 1e-6
 
 # Tensors in a graph of torch.compile. Twice as many made no pass faster and took longer to compile.
 _COMPILED_TOGETHER = 16
-
-
-@dataclass(frozen=True)
-class Stepper:
-    """One implementation on the tensors of a case.
-
-    Attributes:
-        name: For tables.
-        run: By passes what is timed; an implementation may lack the single passes.
-        weights: What it moves.
-        is_peer: False for asga itself.
-    """
-
-    name: str
-    run: dict[str, Callable[[], None]]
-    weights: list[Tensor]
-    is_peer: bool = True
 
 
 class Tensors:

@@ -5,11 +5,12 @@ backward passes (norm, backup, perturbation), pass B everything after the second
 momentum), "step" both with all that a user's call costs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
+from torch import Tensor
 
 PASSES = ("pass A", "pass B", "step")
 
@@ -41,6 +42,23 @@ class StepCase:
     def traffic(self, passes: str) -> int:
         """Bytes that must be moved, see method.md: pass A 5 (g0 twice, weights in and out, backup), pass B 8."""
         return {"pass A": 5, "pass B": 8, "step": 13}[passes] * self.nbytes
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """One implementation on the tensors of a case.
+
+    Attributes:
+        name: For tables.
+        run: By passes what is timed; an implementation may lack the single passes.
+        weights: What it moves.
+        is_peer: False for asga itself.
+    """
+
+    name: str
+    run: dict[str, Callable[[], None]]
+    weights: list[Tensor]
+    is_peer: bool = True
 
 
 def select_steps(patterns: Sequence[str], device: str) -> list[StepCase]:

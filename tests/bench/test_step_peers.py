@@ -3,7 +3,7 @@ import torch
 
 from asga.bench import step_peers
 from asga.bench.step_peers import build_steppers, count_calls
-from asga.bench.steps import StepCase
+from asga.bench.steps import StepCase, Stepper
 
 SMALL = StepCase("small", ((40, 30), (40,), (7, 40)))
 
@@ -31,7 +31,7 @@ def test_torch_compile_is_left_out_on_request():
 
 def test_one_that_makes_another_step_is_left_out(monkeypatch):
     def idle(tensors):
-        return step_peers.Stepper("foreach", {"step": lambda: None}, list(tensors.params))
+        return Stepper("foreach", {"step": lambda: None}, list(tensors.params))
 
     monkeypatch.setitem(step_peers._BUILDERS, "foreach", idle)
     found, left_out = build_steppers(SMALL, "cpu", compiled=False)
