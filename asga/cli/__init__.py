@@ -1,4 +1,4 @@
-"""The command line: ``asga search | transfer | evaluate | demo | info | bench``."""
+"""The command line: ``asga search | transfer | evaluate | diagnose | report | demo | info | bench``."""
 
 import argparse
 import sys
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import asga
-from asga.cli import bench, demo, evaluate, info, search, transfer
+from asga.cli import bench, demo, diagnose, evaluate, info, report, search, transfer
 
-_COMMANDS = (search, transfer, evaluate, demo, info, bench)
+_COMMANDS = (search, transfer, evaluate, diagnose, report, demo, info, bench)
 # What a user can cause and mend: shown as one line, without a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, asga.TrainingError)
 

@@ -31,16 +31,22 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def add_training_options(
     parser: argparse.ArgumentParser, *, methods: Mapping[str, str], epochs: int, float_epochs: int
 ) -> None:
-    """Epochs, method (by name what it is), where the float model comes from, device and precision."""
-    group = parser.add_argument_group("training")
+    """Epochs, method (by name what it is), and `add_float_options`."""
+    group = add_float_options(parser, float_epochs=float_epochs)
     group.add_argument("--epochs", type=int, default=epochs)
     described = "; ".join(f"{name}: {what}" for name, what in methods.items())
     group.add_argument("--method", choices=tuple(methods), default="asga", help=described)
+
+
+def add_float_options(parser: argparse.ArgumentParser, *, float_epochs: int) -> argparse._ArgumentGroup:
+    """Where the float model comes from, device and precision; more can be added to the group."""
+    group = parser.add_argument_group("training")
     group.add_argument("--init", metavar="FILE", help="weights of the float model (a state dict); default: train one")
     group.add_argument("--float-epochs", type=int, default=float_epochs, help="epochs to train the float model")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     group.add_argument("--seed", type=int, default=0)
+    return group
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, out: str) -> None:

@@ -124,7 +124,7 @@ def table_row(
     bitops_share: float | None = None,
 ) -> dict[str, object]:
     """A row of ``result.json``: top-1 and loss over seeds, and what the policy costs."""
-    top1 = [record["top1"] for record in records]
+    top1, losses = ([record[key] for record in records] for key in ("top1", "loss"))
     return {
         "name": name,
         "weight_bits": bits,
@@ -134,7 +134,9 @@ def table_row(
         "top1": top1,
         "top1_mean": statistics.fmean(top1),
         "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
-        "loss_mean": statistics.fmean(record["loss"] for record in records),
+        "loss": losses,
+        "loss_mean": statistics.fmean(losses),
+        "loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
         "seeds": len(records),
         "seconds": statistics.fmean(record["seconds"] for record in records),
     }
@@ -160,16 +162,20 @@ def show_table(console: Console, title: str, table: list[dict[str, object]]) -> 
 
 
 def finish_run(folder: RunFolder, result: dict[str, object], policy: Policy, console: Console) -> None:
-    """Write ``result.json``, ``policy.json``, ``policy.png`` and ``report.html``, and say where they are."""
+    """Write ``result.json``, ``policy.json``, ``report.html`` and figures as PNG files, and say where they are."""
     write_json(folder.path / "result.json", result)
     policy.save(folder.path / "policy.json")
     written = "policy.json, result.json"
     try:
-        from asga.report import save_policy_figure, write_report
+        from asga.report import save_policy_figure, save_sensitivity_figure, write_report
 
         save_policy_figure(policy, folder.path / "policy.png")
+        written += ", policy.png"
+        if "sensitivities" in result:
+            save_sensitivity_figure(result["sensitivities"], folder.path / "sensitivity.png", policy)
+            written += ", sensitivity.png"
         write_report(folder.path)
-        written += ", policy.png, report.html"
+        written += ", report.html"
     except ImportError as error:
         console.note(f"no figures: {error}")
     console.note(f"{folder.path}: {written}")

@@ -33,13 +33,18 @@ from asga.search import (
     SearchResult,
     SearchSpace,
     consensus,
+    gradient_sensitivity,
     policy_agreement,
     searched_choices,
 )
+from asga.search.diagnosis import by_candidate
 from asga.search.relaxation import RELAXATIONS
 from asga.search.result import TOSS_UP
 from asga.targets import TARGETS
+from asga.training import first_batches
 
+# For the report: few, since a batch takes as long as about five steps of a search.
+_SENSITIVITY_BATCHES = 4
 _VERDICTS = {
     True: "better than uniform bits",
     False: "NOT better than uniform bits",
@@ -110,6 +115,8 @@ def run(options: argparse.Namespace) -> None:
         setting = Setting(folder, console, train, val, autocast_dtype(options))
         if options.init is None:
             model, _ = float_model(setting, build, epochs=options.float_epochs, seed=options.seed)
+        batches = first_batches(train, _SENSITIVITY_BATCHES)
+        increases = gradient_sensitivity(model, space, batches, autocast=setting.autocast)
         results, seconds = {}, 0.0
         for seed in range(options.seed, options.seed + options.seeds):
             name, several = f"seed{seed}", options.seeds > 1
@@ -124,7 +131,13 @@ def run(options: argparse.Namespace) -> None:
         result.save(folder.path / "search.json")
         console.note(str(result.policy))
         times = {"seconds": folder.seconds(), "search_seconds": seconds}
-        summary = {"command": "search", **times, **findings(result), **findings_of_seeds(results)}
+        summary = {
+            "command": "search",
+            **times,
+            **findings(result),
+            **findings_of_seeds(results),
+            "sensitivities": by_candidate(increases, result.choices),
+        }
         for line in (*describe(result), *describe_seeds(results)):
             console.note(line)
         finish_run(folder, summary, result.policy, console)

@@ -25,6 +25,8 @@ _DIAGNOSTICS = {
 # Beyond this ratio of largest to smallest value a linear axis shows little but the largest.
 _LINEAR_RATIO = 20.0
 
+_DASHES = ("-", "--", ":", "-.")
+
 # Markers show where the values are, and a lone value at all. In a longer curve they touch, and each is 150 bytes.
 _MOST_MARKERS = 30
 
@@ -101,22 +103,63 @@ def diagnostics_figure(seeds: Seeds) -> "Figure":
     return figure
 
 
+def comparison_figure(runs: Mapping[str, Seeds]) -> "Figure":
+    """The same curves of several runs over each other; panels that no run has values for are left out.
+
+    Args:
+        runs: The epochs of a stage, by the name of the run.
+    """
+    values = {
+        "training loss": lambda epoch: epoch.get("loss"),
+        "training top-1": lambda epoch: epoch.get("accuracy"),
+        "validation loss": lambda epoch: epoch.get("val_loss"),
+        "validation top-1": lambda epoch: epoch.get("val_top1"),
+        "expected cost / budget": lambda epoch: max(epoch.get("expected_cost", {}).values(), default=None),
+        "radius ρ": lambda epoch: epoch.get("rho"),
+    }
+    logged = [epoch for seeds in runs.values() for epochs in seeds.values() for epoch in epochs]
+    values = {title: value for title, value in values.items() if any(_is_number(value(epoch)) for epoch in logged)}
+    with style():
+        columns = min(3, max(1, len(values)))
+        rows = -(-len(values) // columns)
+        figure = new_figure(7.2, 0.4 + 2.0 * max(1, rows))
+        panels = figure.subplots(max(1, rows), columns, squeeze=False).flat
+        for axes, (title, value) in zip(panels, values.items(), strict=False):
+            axes.set_title(title)
+            for i, (name, seeds) in enumerate(runs.items()):
+                # Four colors; beyond them, other dashes.
+                line = _DASHES[i // len(LINES) % len(_DASHES)]
+                _plot(axes, seeds, value, LINES[i % len(LINES)], name, line)
+            _scale(axes)
+            if title.endswith(("top-1", "budget")):
+                axes.yaxis.set_major_formatter(require("matplotlib.ticker", "report").PercentFormatter(1.0))
+        for axes in panels:
+            axes.set_axis_off()
+        _legend(figure, *figure.axes[: len(values)])
+    return figure
+
+
 def _plot(
     axes: "Axes",
     seeds: Seeds,
     value: Callable[[Epoch], float | None],
     color: str,
     label: str,
+    line: str = "-",
 ) -> None:
     """A line per seed through the epochs that have a finite value; `label` is shown once."""
     for epochs in seeds.values():
-        points = [(epoch["epoch"], v) for epoch in epochs if (v := value(epoch)) is not None and math.isfinite(v)]
+        points = [(epoch["epoch"], v) for epoch in epochs if _is_number(v := value(epoch))]
         if points:
             marker = "." if len(points) <= _MOST_MARKERS else None
-            axes.plot(*zip(*points, strict=True), color=color, marker=marker, alpha=0.8, label=label)
+            axes.plot(*zip(*points, strict=True), color=color, linestyle=line, marker=marker, alpha=0.8, label=label)
             label = "_nolegend_"
     axes.xaxis.set_major_locator(require("matplotlib.ticker", "report").MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _legend(figure: "Figure", *axes: "Axes") -> None:

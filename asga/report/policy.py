@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from asga._files import write_atomic
@@ -34,16 +35,25 @@ def policy_figure(policy: Policy) -> "Figure":
         ImportError: matplotlib is not installed.
     """
     with style():
-        rows = len(policy)
-        figure = new_figure(7.2, 0.7 + min(_ROW * rows, _MOST_INCHES))
-        weight_axes, act_axes = figure.subplots(1, 2, sharey=True)
+        figure, weight_axes, act_axes = layer_panels(list(policy))
         _bars(weight_axes, "weight bits", [layer.weight_bits for layer in policy.values()], FIRST)
         _bars(act_axes, "activation bits (input)", [layer.act_bits for layer in policy.values()], SECOND)
-        weight_axes.set_ylim(rows - 0.4, -0.6)
-        weight_axes.set_yticks(range(rows), [_shortened(name) for name in policy], fontsize=8, color=INK)
-        for label in weight_axes.get_yticklabels():
-            label.set_parse_math(False)
     return figure
+
+
+def layer_panels(names: Sequence[str]) -> tuple["Figure", "Axes", "Axes"]:
+    """A figure as tall as there are layers, with two panels side by side: at y = i is the layer ``names[i]``."""
+    rows = len(names)
+    figure = new_figure(7.2, 0.7 + min(_ROW * rows, _MOST_INCHES))
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.set_ylim(rows - 0.4, -0.6)
+    left.set_yticks(range(rows), [_shortened(name) for name in names], fontsize=8, color=INK)
+    for label in left.get_yticklabels():
+        label.set_parse_math(False)
+    for axes in (left, right):
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(length=0)
+    return figure, left, right
 
 
 def save_policy_figure(policy: Policy, path: str | os.PathLike) -> None:
@@ -52,9 +62,14 @@ def save_policy_figure(policy: Policy, path: str | os.PathLike) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    save_png(policy_figure(policy), path)
+
+
+def save_png(figure: "Figure", path: str | os.PathLike) -> None:
+    """Write a figure of this package as a PNG file, atomically."""
     buffer = io.BytesIO()
     with style():
-        policy_figure(policy).savefig(buffer, format="png", dpi=_DPI)
+        figure.savefig(buffer, format="png", dpi=_DPI)
     write_atomic(path, buffer.getvalue())
 
 
@@ -68,8 +83,6 @@ def _bars(axes: "Axes", title: str, bits: list[WeightBits | None], color: str) -
     axes.set_title(title)
     axes.set_xlim(0, MAX_BITS + 1)
     axes.set_xticks(range(0, MAX_BITS + 1, 2))
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(length=0)
 
 
 def _shortened(name: str) -> str:

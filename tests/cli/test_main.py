@@ -13,7 +13,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"asga {asga.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["search", "transfer", "evaluate", "demo", "info"])
+@pytest.mark.parametrize("command", ["search", "transfer", "evaluate", "diagnose", "report", "demo", "info"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

@@ -39,6 +39,8 @@ class TestRunFolder:
         assert result["command"] == "search"
         assert result["cost_shares"]["policy"] == found.cost_shares(policy)
         assert result["choices"] == 40
+        assert list(result["sensitivities"]) == [name for name in policy if name not in ("conv1", "fc")]
+        assert list(result["sensitivities"]["layer1.0.conv1"]["act"]) == ["2", "3", "4", "6", "8"]
         assert result["method"] == "asga"
         assert result["uniform"]["best"] in ("w2a8", "w3a4", "w4a4", "w8a2")
         assert "bitops: policy" in out

@@ -1,3 +1,4 @@
+import html.parser
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,47 @@ import pytest
 from asga.policy import LayerPolicy, Policy
 
 BITS = [2, 4, 8]
+VOID = {"meta", "link", "br", "img"}
+
+
+class Page(html.parser.HTMLParser):
+    """Fails on a tag that closes another one; gathers headings, ids and the text outside of style sheets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.text += " " + data
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+@pytest.fixture(scope="session")
+def parse() -> Callable[[Path], Page]:
+    """A function that reads an HTML file."""
+
+    def read(path: Path) -> Page:
+        page = Page()
+        page.feed(path.read_text(encoding="utf-8"))
+        assert page.open == []
+        page.text = " ".join(page.text.split())
+        return page
+
+    return read
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +104,18 @@ def result() -> dict[str, object]:
         "top1_mean": 0.94,
         "top1_std": 0.014,
         "loss_mean": 0.25,
+        "loss_std": 0.03,
         "seeds": 2,
         "seconds": 61.0,
     }
-    unquantized = {"name": "float", "bitops": None, "size_bytes": None, "bitops_share": None, "top1_std": None}
+    unquantized = {
+        "name": "float",
+        "bitops": None,
+        "size_bytes": None,
+        "bitops_share": None,
+        "top1_std": None,
+        "loss_std": None,
+    }
     return {
         "command": "demo",
         "seconds": 3725.0,

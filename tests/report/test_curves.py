@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from asga.report.curves import cost_figure, diagnostics_figure, training_figure
+from asga.report.curves import comparison_figure, cost_figure, diagnostics_figure, training_figure
 from asga.report.style import to_svg
 
 
@@ -88,3 +88,27 @@ def test_diagnostics_need_not_be_complete():
     assert drawn["radius ρ"] == [[(1, 0.1), (2, 0.2)]]
     assert drawn["cosine of g0 and g1"] == [[(2, 0.9)]]
     assert drawn["gap h"] == []
+
+
+def test_runs_lie_over_each_other_in_their_own_colors():
+    first = {"": _epochs(loss=[2.0, 1.0], val_loss=[None, 1.5])}
+    second = {f"seed{i}": _epochs(loss=[3.0, 2.0], expected_cost=[{"bitops": 1.2, "size": 1.4}] * 2) for i in (0, 1)}
+    figure = comparison_figure({"first": first, "second": second})
+    panels = {axes.get_title("left"): axes.get_lines() for axes in figure.axes if axes.axison}
+    assert list(panels) == ["training loss", "validation loss", "expected cost / budget"]
+    assert [_points(line) for line in panels["training loss"]] == [
+        *([(1, 2.0), (2, 1.0)], [(1, 3.0), (2, 2.0)], [(1, 3.0), (2, 2.0)])
+    ]
+    assert [_points(line) for line in panels["expected cost / budget"]] == [[(1, 1.4), (2, 1.4)]] * 2  # the largest
+    colors = [line.get_color() for line in panels["training loss"]]
+    assert colors[0] != colors[1] == colors[2]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
+
+
+def test_many_runs_can_be_told_apart():
+    figure = comparison_figure({f"run{i}": {"": _epochs(loss=[1.0, i])} for i in range(16)})
+    assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}) == 16
+
+
+def test_runs_without_any_value_can_be_drawn():
+    assert "svg" in to_svg(comparison_figure({"a": {"": _epochs(loss=[math.nan])}, "b": {"": []}}), "compare")

@@ -1,4 +1,3 @@
-import html.parser
 import json
 import re
 import sys
@@ -8,51 +7,25 @@ import pytest
 from asga.policy import LayerPolicy, Policy
 from asga.report import write_report
 
-VOID = {"meta", "link", "br", "img"}
 
+@pytest.fixture(scope="session")
+def page_of(parse):
+    """A function that writes the page of a run folder and parses it."""
 
-class _Checker(html.parser.HTMLParser):
-    """Fails on a tag that closes another one; gathers headings, ids and the text outside of style sheets."""
+    def page(folder):
+        path = write_report(folder)
+        assert path == folder / "report.html"
+        return parse(path)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.headings: list[str] = []
-        self.ids: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag, attrs):
-        self.ids += [value for name, value in attrs if name == "id"]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" in self.open:
-            return
-        self.text += " " + data
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
-
-
-def _page(folder) -> _Checker:
-    checker = _Checker()
-    path = write_report(folder)
-    assert path == folder / "report.html"
-    checker.feed(path.read_text(encoding="utf-8"))
-    assert checker.open == []
-    checker.text = " ".join(checker.text.split())
-    return checker
+    return page
 
 
 @pytest.fixture(scope="module")
-def complete(tmp_path_factory, fill_run):
+def complete(tmp_path_factory, fill_run, page_of):
     """The page of a run with all its files, as a path and parsed."""
     folder = tmp_path_factory.mktemp("run")
     fill_run(folder)
-    return folder / "report.html", _page(folder)
+    return folder / "report.html", page_of(folder)
 
 
 def test_a_complete_run_has_every_section(complete):
@@ -73,7 +46,7 @@ def test_summary_and_results_are_in_words(complete):
         "BitOps of the policy 1.5 M of 2.0 M (75.0 %), within the budget",
         "size of the policy 1.0 MB of 1.5 MB (66.7 %), within the budget",
         "time 1 h 2 min",
-        "searched mixed 94.0 % ± 1.4 % 0.250 1.5 M 75.0 % 1.0 MB 1 min 1 s",
+        "searched mixed 94.0 % ± 1.4 % 0.250 ± 0.030 1.5 M 75.0 % 1.0 MB 1 min 1 s",
         "over 2 seeds",
         "Each seed searches its own policy.",
         "102.0 % expected at the end of the search; 107.0 % likeliest candidates",
@@ -96,6 +69,95 @@ def test_probabilities_over_time_are_drawn_and_described(complete):
     assert 'aria-label="2 bits: 45.0 %, 4 bits: 44.0 %, 8 bits: 11.0 %"' in page
 
 
+@pytest.fixture
+def text_of(tmp_path, page_of):
+    """A function from what ``result.json`` holds besides the time to the text of the page."""
+
+    def text(policy: Policy | None = None, **result) -> str:
+        (tmp_path / "result.json").write_text(json.dumps({"command": "search", "seconds": 1.0, **result}))
+        if policy is not None:
+            policy.save(tmp_path / "policy.json")
+        return page_of(tmp_path).text
+
+    return text
+
+
+def _comparison(better: bool | None = True, error: float | None = 0.01) -> dict[str, object]:
+    """As `asga.search.comparison.UniformComparison.to_dict` gives it."""
+    score = {"losses": [1.0, 1.2], "top1": 0.6, "cost_shares": {"bitops": 0.95}}
+    pairs = {"w2a4": {**score, "loss": 1.15}, "w3a3": {**score, "loss": 1.3, "top1": None}}
+    found = {"best": "w2a4", "difference": -0.05, "error": error, "better": better}
+    return {"policy": {**score, "loss": 1.1}, "pairs": pairs, **found}
+
+
+class TestUniform:
+    """The policy beside uniform pairs of bits."""
+
+    def test_is_told_with_all_pairs(self, text_of):
+        text = text_of(uniform=_comparison())
+        assert "loss on the proxy 1.1000 , that of the best uniform pair within the budget, w2a4, 1.1500" in text
+        assert "a difference of -0.0500 ± 0.0100, better." in text
+        assert "policy 1.1000 60.0 % 95.0 % w2a4 1.1500 60.0 % 95.0 % w3a3 1.3000 95.0 %" in text
+
+    @pytest.mark.parametrize(("better", "word"), [(True, "better"), (False, "not better"), (None, "unclear")])
+    def test_not_better_is_a_warning(self, text_of, better, word):
+        text = text_of(uniform=_comparison(better))
+        assert f"± 0.0100, {word}." in text
+        assert ("On the proxy the policy is not better than uniform bits" in text) is (better is False)
+
+    def test_a_single_batch_has_no_error(self, text_of):
+        assert "a difference of -0.0500, unclear." in text_of(uniform=_comparison(None, None))
+
+    def test_the_uniform_policy_itself_is_not_warned_of(self, text_of):
+        assert "On the proxy the policy" not in text_of(uniform=_comparison(False), method="uniform")
+
+    def test_of_several_seeds(self, text_of):
+        seeds = {"seed0": {"uniform": _comparison(False)}, "seed1": {"uniform": _comparison()}}
+        text = text_of(seeds=seeds)
+        assert "On the proxy the policies of 1 of 2 seeds are not better than uniform bits" in text
+        assert "seed0: loss on the proxy 1.1000" in text
+        assert "seed1: loss on the proxy 1.1000" in text
+
+    def test_no_pair_fits_the_budget(self, text_of):
+        text = text_of(uniform={**_comparison(None), "pairs": {}, "best": None, "difference": None})
+        assert "uniform" not in text
+
+
+SENSITIVITIES = {"layer1.0.conv1": {"weight": {"2": 0.1, "4": 0.01}, "act": {"2": 0.2, "4": 0.0}}}
+
+
+class TestDiagnosis:
+    """What `asga diagnose` finds."""
+
+    def test_is_told(self, text_of, policy):
+        text = text_of(
+            policy,
+            command="diagnose",
+            sensitivities=SENSITIVITIES,
+            proxy_sensitivities=SENSITIVITIES,
+            rank_correlations=[
+                {"kind": "weight", "bits": 2, "rho": 0.864, "interval": [0.641, 0.95], "layers": 22},
+                {"kind": "act", "bits": 4, "rho": None, "interval": None, "layers": 1},
+            ],
+            increase_on_target={"policy": 0.0304, "best by the target's sensitivities": 0.01668},
+            starved=[{"layer": "layer1.0.conv1", "kind": "weight", "bits": 2, "wanted": 4, "increase": 0.09}],
+        )
+        assert "weight 2 0.86 0.64 to 0.95 22 activation 4 1" in text
+        assert "policy 0.0304 , best by the target's sensitivities 0.01668 ." in text
+        assert "layer1.0.conv1 weight 2 4 +0.09" in text
+        assert "How much the loss on the target would rise" in text
+
+    def test_without_a_proxy(self, text_of):
+        text = text_of(sensitivities=SENSITIVITIES, increase_on_target={"policy": 0.03}, starved=[])
+        assert "Proxy against target" not in text
+        assert "Fewer bits" not in text
+
+    def test_sensitivities_of_a_search(self, text_of):
+        text = text_of(sensitivities=SENSITIVITIES)
+        assert "Sensitivity of layers" in text
+        assert "The policy on the target" not in text
+
+
 AGREEMENT = {
     "names": ["seed0", "seed1"],
     "choices": 3,
@@ -112,12 +174,12 @@ class TestAgreement:
     """Of the seeds of a search."""
 
     @pytest.fixture
-    def text(self, run_folder, result):
+    def text(self, run_folder, result, page_of):
         def page(**changes) -> str:
             found = {**result, "agreement": {**AGREEMENT, **changes}}
             (run_folder / "metrics.jsonl").unlink(missing_ok=True)  # fewer figures to draw
             (run_folder / "result.json").write_text(json.dumps(found))
-            return _page(run_folder).text
+            return page_of(run_folder).text
 
         return page
 
@@ -137,7 +199,7 @@ class TestAgreement:
         assert "seed0, seed2 33.3 % 50.0 % 0.81" in text(names=["seed0", "seed1", "seed2"], pairs=pairs)
 
 
-def test_events_are_listed_and_recoveries_warned_of(tmp_path):
+def test_events_are_listed_and_recoveries_warned_of(tmp_path, page_of):
     where = {"stage": "search/seed0", "epoch": 2}
     events = [
         {"event": "skipped", **where, "step": 3, "reason": "the loss is nan"},
@@ -146,7 +208,7 @@ def test_events_are_listed_and_recoveries_warned_of(tmp_path):
         {"event": "skipped", "stage": "float", "epoch": 1, "step": 1, "reason": "the loss is nan"},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    page = _page(tmp_path)
+    page = page_of(tmp_path)
     assert page.headings == ["Events"]
     assert "search/seed0: training went back to an earlier step 1 time, see Events below." in page.text
     assert "search/seed0, epoch 2, step 5: back to epoch 1, step 9; rho_max 0.5 -> 0.25" in page.text
@@ -169,17 +231,17 @@ def test_events_are_listed_and_recoveries_warned_of(tmp_path):
     ],
     ids=lambda value: "+".join(value) if value[0].endswith(("json", "jsonl")) else "",
 )
-def test_any_subset_of_the_files_gives_a_page(run_folder, files, headings):
+def test_any_subset_of_the_files_gives_a_page(run_folder, files, headings, page_of):
     for path in run_folder.iterdir():
         if path.name not in files:
             path.unlink()
-    assert _page(run_folder).headings == headings
+    assert page_of(run_folder).headings == headings
 
 
-def test_a_run_under_way_says_where_it_is(run_folder):
+def test_a_run_under_way_says_where_it_is(run_folder, page_of):
     (run_folder / "result.json").unlink()
     (run_folder / "policy.json").unlink()
-    text = _page(run_folder).text
+    text = page_of(run_folder).text
     assert "not finished; last epoch: searched/seed1, 1 of 2" in text
     assert "time so far 3 min 0 s" in text
     assert "There is no policy yet" in text
@@ -192,28 +254,28 @@ def test_a_radius_on_its_bound_is_reported_for_the_stage(complete):
     assert "search: the radius" not in text
 
 
-def test_lines_that_were_cut_are_reported(complete, run_folder):
+def test_lines_that_were_cut_are_reported(complete, run_folder, page_of):
     assert "could not be read" not in complete[1].text
     with open(run_folder / "metrics.jsonl", "a") as file:
         file.write('{"event": "epo')
-    assert "could not be read and are missing here: 1." in _page(run_folder).text
+    assert "could not be read and are missing here: 1." in page_of(run_folder).text
 
 
-def test_a_policy_over_its_budget_is_called_that(run_folder, policy):
+def test_a_policy_over_its_budget_is_called_that(run_folder, policy, page_of):
     meta = {**policy.meta, "limits": {"bitops": 1_000_000}}
     Policy(policy, meta).save(run_folder / "policy.json")
-    assert "1.5 M of 1.0 M (150.0 %), over the budget" in _page(run_folder).text
+    assert "1.5 M of 1.0 M (150.0 %), over the budget" in page_of(run_folder).text
 
 
-def test_small_floats_are_named_and_averaged_by_their_bits(run_folder, policy):
+def test_small_floats_are_named_and_averaged_by_their_bits(run_folder, policy, page_of):
     layers = {"conv1": LayerPolicy("fp8", 8), "layer1.0.conv1": LayerPolicy("fp4", 4), "fc": LayerPolicy(None, 8)}
     Policy(layers, policy.meta).save(run_folder / "policy.json")
-    text = _page(run_folder).text
+    text = page_of(run_folder).text
     assert "6.0 bits for weights" in text
     assert "fp4" in text
 
 
-def test_everything_from_outside_is_escaped(run_folder, records, result):
+def test_everything_from_outside_is_escaped(run_folder, records, result, page_of):
     attack = "<script>alert('x')</script>\"&$"
     (run_folder / "config.json").write_text(json.dumps({"command": attack, "options": {attack: attack}}))
     (run_folder / "result.json").write_text(
@@ -222,7 +284,7 @@ def test_everything_from_outside_is_escaped(run_folder, records, result):
     lines = [json.dumps({**record, "stage": attack}) for record in records]
     (run_folder / "metrics.jsonl").write_text("\n".join(lines))
     Policy({attack: LayerPolicy(2, 2)}, {"architecture": attack}).save(run_folder / "policy.json")
-    page = _page(run_folder)
+    page = page_of(run_folder)
     assert "<script" not in write_report(run_folder).read_text()
     assert page.text.count("alert('x')") >= 7
 

@@ -1,0 +1,110 @@
+"""What there is to say about a run in words: what it was about, how far it came, what should be known of it."""
+
+from collections import Counter
+from collections.abc import Mapping
+from statistics import fmean
+
+from asga.policy import Policy, bit_width
+from asga.report.html import bytes_, count, duration, percent
+from asga.report.run import METRIC_NAMES, Run
+
+# A radius on one bound for more than this share of the steps is in effect a constant.
+_STUCK_SHARE = 0.9
+
+
+def run_facts(run: Run) -> dict[str, str]:
+    """What a run was about and how far it came, by name."""
+    meta = run.policy.meta if run.policy is not None else {}
+    options = run.options
+    epoch = run.last_epoch
+    facts = {
+        "model": options.get("model") or meta.get("architecture"),
+        "data": options.get("data"),
+        "policy searched on": meta.get("proxy"),
+        "budget": _budget(meta.get("budget", {})) or options.get("budget"),
+    }
+    for metric, limit in meta.get("limits", {}).items():
+        if metric in meta.get("costs", {}):
+            # The target may have another resolution and head: what it costs there stands in the table of results.
+            where = " in the search" if run.command in ("transfer", "diagnose") else ""
+            name = f"{METRIC_NAMES.get(metric, metric)} of the policy{where}"
+            facts[name] = _cost_against(metric, meta["costs"][metric], limit)
+    if run.result is not None:
+        facts["time"] = duration(run.result["seconds"])
+    elif epoch is not None:
+        epochs = [e for seeds in run.stages.values() for epochs in seeds.values() for e in epochs]
+        facts["state"] = f"not finished; last epoch: {epoch['stage']}, {epoch['epoch']} of {epoch['epochs']}"
+        facts["time so far"] = duration(sum(e["seconds"] for e in epochs))
+    facts["started"] = run.config.get("created")
+    return {name: str(value) for name, value in facts.items() if value}
+
+
+def run_warnings(run: Run) -> list[str]:
+    """What makes results less than they seem, a sentence each."""
+    recoveries = Counter(event["stage"] for event in run.events if event["event"] == "recovery")
+    warnings = [
+        f"{stage}: training went back to an earlier step {times} time{'s' * (times > 1)}, see Events below."
+        for stage, times in recoveries.items()
+    ]
+    compared = uniform_comparisons(run)
+    worse = [name for name, found in compared.items() if found["better"] is False]
+    if worse and (run.result or {}).get("method") != "uniform":
+        whose = "the policy is" if len(compared) == 1 else f"the policies of {len(worse)} of {len(compared)} seeds are"
+        warnings.append(f"On the proxy {whose} not better than uniform bits within the same budget, see below.")
+    for stage, seeds in run.stages.items():
+        for bound, where in (("rho_min", "lower"), ("rho_max", "upper")):
+            shares = [epochs[-1].get(f"share_at_{bound}", 0.0) for epochs in seeds.values()]
+            if stuck := [share for share in shares if share > _STUCK_SHARE]:
+                warnings.append(
+                    f"{stage}: the radius ρ was on its {where} bound, {bound}, in {' and '.join(map(percent, stuck))} "
+                    f"of the steps. It did not adapt but was in effect a constant."
+                )
+    if run.unreadable:
+        warnings.append(
+            f"Lines of metrics.jsonl that could not be read and are missing here: {run.unreadable}. A process that is "
+            f"killed leaves its last line cut short."
+        )
+    return warnings
+
+
+def run_events(run: Run) -> list[str]:
+    """What was out of the ordinary, in order; of the steps that were left out, the first of each stage."""
+    skipped = Counter(event["stage"] for event in run.events if event["event"] == "skipped")
+    lines, seen = [], set()
+    for event in run.events:
+        stage = event["stage"]
+        text = f"{stage}, epoch {event['epoch']}, step {event['step']}: {event.get('what') or event.get('reason')}"
+        if event["event"] != "skipped":
+            lines.append(text)
+        elif stage not in seen:
+            seen.add(stage)
+            lines.append(f"{text}. Steps of {stage} that were left out: {skipped[stage]}")
+    return lines
+
+
+def uniform_comparisons(run: Run) -> dict[str, dict[str, object]]:
+    """By search, its comparison with uniform pairs of bits, as `UniformComparison.to_dict` gives it."""
+    result = run.result or {}
+    found = {name: seed.get("uniform") for name, seed in result.get("seeds", {}).items()}
+    found |= {"policy": result.get("uniform")}
+    return {name: comparison for name, comparison in found.items() if comparison and comparison["pairs"]}
+
+
+def mean_bits(policy: Policy | None) -> dict[str, float]:
+    """Mean bits of weights and activations over the layers that are quantized."""
+    layers = [] if policy is None else policy.values()
+    bits = {
+        "weights": [bit_width(layer.weight_bits) for layer in layers if layer.weight_bits is not None],
+        "activations": [layer.act_bits for layer in layers if layer.act_bits is not None],
+    }
+    return {kind: fmean(values) for kind, values in bits.items() if values}
+
+
+def _budget(budget: Mapping[str, object]) -> str:
+    return ", ".join(f"{METRIC_NAMES.get(name, name)} ≤ {amount}" for name, amount in budget.items())
+
+
+def _cost_against(metric: str, cost: int, limit: int) -> str:
+    show = (lambda bits: bytes_(bits / 8)) if metric == "size_bits" else count
+    verdict = "within the budget" if cost <= limit else "over the budget"
+    return f"{show(cost)} of {show(limit)} ({percent(cost / limit)}), {verdict}"
