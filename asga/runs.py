@@ -227,7 +227,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, object], int]:
         if wrong is not None:
             raise _DamagedError(f"the checksum of its {wrong} is wrong")
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    except _DamagedError:
+    except (_DamagedError, PermissionError, MemoryError):  # the last two say nothing about the file
         raise
     except Exception as error:  # torch.load raises many types for a damaged file
         raise _DamagedError(type(error).__name__) from error

@@ -163,6 +163,19 @@ class TestCheckpoint:
         with pytest.warns(UserWarning, match="is damaged"):
             assert len(folder.load_checkpoint()["weights"]) == 100
 
+    @pytest.mark.parametrize("error", [PermissionError, MemoryError])
+    def test_one_that_may_not_be_read_is_not_taken_for_damaged(self, folder, monkeypatch, error):
+        def refuse(path):
+            raise error
+
+        for step in (1, 2):
+            folder.save_checkpoint({"step": step})
+        before = contents(folder.path)
+        monkeypatch.setattr("asga.runs.zipfile.ZipFile", refuse)
+        with pytest.raises(error):
+            folder.load_checkpoint()
+        assert contents(folder.path) == before
+
     def test_what_a_killed_process_was_writing_is_cleared_away(self, folder):
         folder.save_checkpoint({"step": 1})
         (folder.path / ".checkpoint.pt.a1b2c3").write_bytes(b"half of it")
