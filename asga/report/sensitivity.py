@@ -8,7 +8,7 @@ from asga._extras import require
 from asga.policy import Policy
 from asga.report.policy import layer_panels, save_png
 from asga.report.run import TENSORS
-from asga.report.style import FIRST, LINE, MUTED, SECOND, new_figure, style
+from asga.report.style import ALERT, FIRST, LINE, MUTED, SECOND, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def sensitivity_figure(sensitivities: Sensitivities, policy: Policy | None = Non
     """
     with style():
         figure, *panels = layer_panels(list(sensitivities))
-        for axes, (kind, title), color in zip(panels, TENSORS.items(), (FIRST, SECOND), strict=True):
+        for axes, (kind, title), color in zip(panels, TENSORS.items(), (FIRST, ALERT), strict=True):
             axes.set_title(title)
             axes.set_xscale("log")
             for row, (name, kinds) in enumerate(sensitivities.items()):

@@ -24,8 +24,9 @@ COLORS = {
     "second": ("#d55e00", "#e69f00"),
     "third": ("#009e73", "#35d0a3"),
     "fourth": ("#a8478a", "#e3a0cc"),
+    "alert": ("#b34700", "#e69f00"),  # the second, dark enough for text
 }
-SURFACE, INK, MUTED, LINE, FIRST, SECOND, THIRD, FOURTH = (light for light, _ in COLORS.values())
+SURFACE, INK, MUTED, LINE, FIRST, SECOND, THIRD, FOURTH, ALERT = (light for light, _ in COLORS.values())
 LINES = (FIRST, SECOND, THIRD, FOURTH)
 # For what has an order, such as the candidates of a tensor: from pale to the first color, light and dark.
 SHADES = 8
