@@ -30,7 +30,7 @@ def run_facts(run: Run) -> dict[str, str]:
             name = f"{METRIC_NAMES.get(metric, metric)} of the policy{where}"
             facts[name] = _cost_against(metric, meta["costs"][metric], limit)
     if run.result is not None:
-        facts["time"] = duration(run.result["seconds"])
+        facts["time"] = duration(run.result["seconds"]) if "seconds" in run.result else None
     elif epoch is not None:
         epochs = [e for seeds in run.stages.values() for epochs in seeds.values() for e in epochs]
         facts["state"] = f"not finished; last epoch: {epoch['stage']}, {epoch['epoch']} of {epoch['epochs']}"
@@ -41,7 +41,7 @@ def run_facts(run: Run) -> dict[str, str]:
 
 def run_warnings(run: Run) -> list[str]:
     """What makes results less than they seem, a sentence each."""
-    recoveries = Counter(event["stage"] for event in run.events if event["event"] == "recovery")
+    recoveries = Counter(event.get("stage") for event in run.events if event["event"] == "recovery")
     warnings = [
         f"{stage}: training went back to an earlier step {times} time{'s' * (times > 1)}, see Events below."
         for stage, times in recoveries.items()
@@ -69,11 +69,13 @@ def run_warnings(run: Run) -> list[str]:
 
 def run_events(run: Run) -> list[str]:
     """What was out of the ordinary, in order; of the steps that were left out, the first of each stage."""
-    skipped = Counter(event["stage"] for event in run.events if event["event"] == "skipped")
+    skipped = Counter(event.get("stage") for event in run.events if event["event"] == "skipped")
     lines, seen = [], set()
     for event in run.events:
-        stage = event["stage"]
-        text = f"{stage}, epoch {event['epoch']}, step {event['step']}: {event.get('what') or event.get('reason')}"
+        where = [str(event["stage"])] if "stage" in event else []
+        where += [f"{name} {event[name]}" for name in ("epoch", "step") if name in event]
+        text = f"{', '.join(where)}: {event.get('what') or event.get('reason') or event['event']}"
+        stage = event.get("stage")
         if event["event"] != "skipped":
             lines.append(text)
         elif stage not in seen:

@@ -18,6 +18,8 @@ Layers = dict[str, dict[str, list]]
 
 # The tensors of a layer, as policies name them and as people do.
 TENSORS = {"weight": "weight", "act": "activation"}
+# What records must have to be shown; others need only say what they are.
+_KEYS = {"epoch": {"stage", "epoch", "epochs", "seconds"}, "probabilities": {"stage", "epoch", "layers"}}
 METRIC_NAMES = {"bitops": "BitOps", "size_bits": "size"}
 
 
@@ -34,7 +36,7 @@ class Run:
         last_epoch: The epoch that was logged last.
         probabilities: By seed and epoch the probabilities of the stage that logged some last.
         events: What else was logged, such as a recovery, in order.
-        unreadable: Lines of ``metrics.jsonl`` that are not JSON: a killed process leaves its last one cut short.
+        unreadable: Lines of ``metrics.jsonl`` that are no records: a killed process leaves its last one cut short.
     """
 
     config: dict[str, object]
@@ -97,12 +99,16 @@ def read_run(folder: str | os.PathLike) -> Run:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, object]], int]:
-    """The records of ``metrics.jsonl``, and how many lines could not be read."""
+    """The records of ``metrics.jsonl``, and how many lines could not be read as such."""
     records, unreadable = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict) and _KEYS.get(record.get("event"), {"event"}) <= record.keys():
+            records.append(record)
+        else:
             unreadable += 1
     return records, unreadable
 

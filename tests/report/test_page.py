@@ -206,6 +206,7 @@ def test_events_are_listed_and_recoveries_warned_of(tmp_path, page_of):
         {"event": "skipped", **where, "step": 4, "reason": "the loss is inf"},
         {"event": "recovery", **where, "step": 5, "what": "back to epoch 1, step 9; rho_max 0.5 -> 0.25"},
         {"event": "skipped", "stage": "float", "epoch": 1, "step": 1, "reason": "the loss is nan"},
+        {"event": "of somebody else", "stage": "my stage"},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     page = page_of(tmp_path)
@@ -214,6 +215,7 @@ def test_events_are_listed_and_recoveries_warned_of(tmp_path, page_of):
     assert "search/seed0, epoch 2, step 5: back to epoch 1, step 9; rho_max 0.5 -> 0.25" in page.text
     assert "search/seed0, epoch 2, step 3: the loss is nan. Steps of search/seed0 that were left out: 2" in page.text
     assert "step 4" not in page.text
+    assert "my stage: of somebody else" in page.text
     assert "float, epoch 1, step 1: the loss is nan. Steps of float that were left out: 1" in page.text
 
 

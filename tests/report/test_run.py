@@ -17,6 +17,16 @@ def test_epochs_are_grouped_by_stage_and_seed(run_folder):
     assert run.unreadable == 0
 
 
+@pytest.mark.parametrize("line", ["3", "null", "[]", "{}", '{"event": "epoch", "stage": "float"}', '{"event": "probab'])
+def test_lines_that_are_no_records_are_counted(run_folder, line):
+    whole = read_run(run_folder)
+    with open(run_folder / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    found = read_run(run_folder)
+    assert found.unreadable == 1
+    assert found.stages == whole.stages
+
+
 def test_probabilities_are_those_of_the_last_stage_that_has_some(tmp_path):
     lines = [
         {"event": "probabilities", "stage": stage, "epoch": epoch, "layers": {"conv": {"epoch": epoch}}}
@@ -29,13 +39,14 @@ def test_probabilities_are_those_of_the_last_stage_that_has_some(tmp_path):
 
 
 def test_other_events_are_kept_in_order(tmp_path):
-    lines = [{"event": event, "stage": "search", "epoch": 1} for event in ("skipped", "epoch", "recovery")]
+    common = {"stage": "search", "epoch": 1, "epochs": 1, "seconds": 1}
+    lines = [{"event": event, **common} for event in ("skipped", "epoch", "recovery")]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [event["event"] for event in read_run(tmp_path).events] == ["skipped", "recovery"]
 
 
 def test_a_stage_of_many_parts_keeps_its_name(tmp_path):
-    epoch = '{"event": "epoch", "stage": "transfer/uniform w4a4/seed12", "epoch": 1}\n'
+    epoch = '{"event": "epoch", "stage": "transfer/uniform w4a4/seed12", "epoch": 1, "epochs": 1, "seconds": 1}\n'
     (tmp_path / "metrics.jsonl").write_text(epoch)
     assert list(read_run(tmp_path).stages) == ["transfer/uniform w4a4"]
 
