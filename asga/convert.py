@@ -78,7 +78,7 @@ def quantize(
         model: A float model.
         policy: Bit-widths for each of its quantizable layers.
         target: Where the model will run, a name in `asga.targets.TARGETS`, or ``"any"``. None is the target that the
-            policy was searched for (``"target"`` in its `meta`), if any.
+            policy was searched for (``"deployment_target"`` in its `meta`), if any.
         inplace: Replace layers in `model` itself, keeping its `Parameter` objects, instead of in a deep copy.
         init: Initial scales: "mse" (least squared error) or "lsq".
 
@@ -116,7 +116,7 @@ def check_policy(model: nn.Module, policy: Policy, *, target: str | None = None)
     """
     layers = find_quantizable(model)[0]
     policy.check_against(list(layers))
-    target = policy.meta.get("target", "any") if target is None else target
+    target = policy.meta.get("deployment_target", "any") if target is None else target
     check_target(target, layers, {name: ((bits.weight_bits,), (bits.act_bits,)) for name, bits in policy.items()})
     return target
 

@@ -180,7 +180,7 @@ class TestTarget:
         assert same_state(model, state)
 
     def test_by_default_it_is_that_of_the_search(self, model):
-        searched = Policy(policy(), {"target": "tensorrt"})
+        searched = Policy(policy(), {"deployment_target": "tensorrt"})
         assert check_policy(model, Policy(self.INT8, searched.meta)) == "tensorrt"
         with pytest.raises(ValueError, match="tensorrt cannot run"):
             quantize(model, searched)

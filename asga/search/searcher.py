@@ -130,7 +130,7 @@ class PolicySearcher:
         self.example_inputs = example_inputs
         self.loss_fn, self.autocast = loss_fn, autocast
         self.checkpoint_every, self.folder, self.progress, self.stage = checkpoint_every, folder, progress, stage
-        self.meta = ({} if self.space.target == "any" else {"target": self.space.target}) | dict(meta or {})
+        self.meta = ({} if self.space.target == "any" else {"deployment_target": self.space.target}) | dict(meta or {})
 
     def fit(self, loader: Iterable[Batch]) -> SearchResult:
         """Search on the batches of a loader.

@@ -307,7 +307,7 @@ class TestFormats:
             PolicySearcher(tiny_net(), SearchSpace(target="tensorrt"), budget=W4A4)
         space = SearchSpace(weight_bits=(8,), act_bits=(8,), target="tensorrt", exclude=("fc",))
         result = search(tiny_net(), labeled_batches(), space, budget=Budget(bitops="w8a8"))
-        assert result.policy.meta["target"] == "tensorrt"
+        assert result.policy.meta["deployment_target"] == "tensorrt"
 
 
 class TestNotFinite:
