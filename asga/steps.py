@@ -155,6 +155,26 @@ def measure_batchnorm(
         update_bn(((to_device(inputs, device),) for inputs, _ in batches), _AnyInputs(model))
 
 
+def batch_loss(
+    model: nn.Module,
+    inputs: Inputs,
+    labels: Tensor,
+    *,
+    loss_fn: LossFunction = functional.cross_entropy,
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """The mean loss of a batch, to be differentiated; arguments as for `training_step`.
+
+    Raises:
+        TrainingError: The data do not fit the model.
+    """
+    device = _device(model)
+    logits = model_logits(model, to_device(inputs, device), autocast)
+    if loss_fn is functional.cross_entropy:
+        check_labels(labels, logits)
+    return loss_fn(logits, labels.to(device))
+
+
 def model_logits(model: nn.Module, inputs: Inputs, autocast: torch.dtype | None) -> Tensor:
     """The logits that a model gives for a batch, in float32.
 

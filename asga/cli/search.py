@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     space.add_argument("--first-last", type=int, default=8, help="bits of the first and last layer; 0: searched too")
     add_data_options(parser)
     add_training_options(parser, methods=METHODS, epochs=5, float_epochs=15)
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        metavar="SHARE",
+        help="train the logits on this share of the images, weights on the rest",
+    )
     parser.add_argument("--relaxation", choices=RELAXATIONS, default="softmax", help="gumbel: sample the candidates")
     add_run_options(parser, out="runs/search")
 
@@ -99,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
                 epochs=options.epochs,
                 method=options.method,
                 relaxation=options.relaxation,
+                held_out=options.held_out,
                 example_inputs=example_inputs(train, options.target_size),
                 autocast=autocast_dtype(options),
                 folder=folder,

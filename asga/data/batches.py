@@ -10,6 +10,7 @@ from torch import Tensor
 from asga.data.augment import shift_and_flip
 from asga.data.files import ImageFiles
 from asga.data.images import ImageTensor
+from asga.data.selection import rank_in_class
 
 
 class Batches:
@@ -75,6 +76,7 @@ class Batches:
         self.dataset = dataset
         self.mean = tuple(mean)
         self.std = tuple(std)
+        self._indices = torch.arange(len(dataset))
         self._batch_size = min(batch_size, len(dataset))
         self._shuffle = shuffle
         self._augment = augment
@@ -83,7 +85,7 @@ class Batches:
         self._epoch = 0
 
     def __len__(self) -> int:
-        whole, left_over = divmod(len(self.dataset), self._batch_size)
+        whole, left_over = divmod(len(self._indices), self._batch_size)
         return whole + (left_over > 0 and not self._shuffle)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -102,6 +104,24 @@ class Batches:
         other = copy.copy(self)
         other._seed = seed
         return other
+
+    def split(self, share: float) -> tuple["Batches", "Batches"]:
+        """Two loaders over different images, whatever the seed: most of them, and a share of every class.
+
+        Args:
+            share: Of the images of a class that the second one has, between 0 and 1, rounded.
+
+        Raises:
+            ValueError: `share` is out of range, or leaves one of them without an image.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"share is {share}; it must lie between 0 and 1")
+        labels = self.dataset.labels[self._indices]
+        ranks = rank_in_class(labels, torch.Generator().manual_seed(0))
+        second = ranks < (share * torch.bincount(labels)).round()[labels]
+        if second.all() or not second.any():
+            raise ValueError(f"share is {share}, which leaves one side of {len(labels)} images empty")
+        return self._over(self._indices[~second]), self._over(self._indices[second])
 
     def iterate(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the batches of the epoch from batch `start` on, as an uninterrupted epoch has them.
@@ -131,10 +151,16 @@ class Batches:
             labels = self.dataset.labels[indices].to(self._device, non_blocking=True)
             yield torch.addcmul(offset, images.to(torch.float32), factor), labels
 
+    def _over(self, indices: Tensor) -> "Batches":
+        other = copy.copy(self)
+        other._indices = indices
+        other._batch_size = min(self._batch_size, len(indices))
+        return other
+
     def _order(self, epoch: int) -> Tensor:
         if not self._shuffle:
-            return torch.arange(len(self.dataset))
-        return torch.randperm(len(self.dataset), generator=self._generator(epoch, 0))
+            return self._indices
+        return self._indices[torch.randperm(len(self._indices), generator=self._generator(epoch, 0))]
 
     def _per_channel(self, values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float32, device=self._device).view(-1, 1, 1)

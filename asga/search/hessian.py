@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from asga.search.probe import Batches, LossIncrease, Probe, Quantize, layer_input, loss_increases, zeros
 from asga.search.space import SearchSpace
-from asga.steps import LossFunction
+from asga.steps import LossFunction, batch_loss
 
 
 def hessian_sensitivity(
@@ -68,7 +68,7 @@ def hessian_sensitivity(
         ]
         try:
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-                loss = probe.loss(inputs, labels, loss_fn)
+                loss = batch_loss(probe.model, inputs, labels, loss_fn=loss_fn)
                 _add_increases(loss, (weights, moves), probes)
         finally:
             for handle in handles:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from asga._batches import Inputs, to_device
+from asga._batches import Inputs
 from asga.convert import prepare
 from asga.nn import MixedActQuantizer, MixedWeightQuantizer, QuantizedLayer, calibrate
 from asga.search.space import SearchSpace
-from asga.steps import LossFunction, check_labels, model_logits
 
 Batches = Sequence[tuple[Inputs, Tensor]]
 Quantize = Callable[[Tensor], Tensor]
@@ -38,14 +37,12 @@ class Probe:
     Attributes:
         model: The copy.
         layers: By name, in the order of the space, pinned layers included.
-        device: Where the model is.
     """
 
     def __init__(self, model: nn.Module, space: SearchSpace, batches: Batches) -> None:
         mixed = prepare(model, space).eval()
         calibrate(mixed, batches)
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.device = next(self.model.parameters()).device
         self.layers = {
             name: ProbedLayer(
                 self.model.get_submodule(name), _candidates(module.weight_quantizer), _candidates(module.act_quantizer)
@@ -53,15 +50,6 @@ class Probe:
             for name, module in mixed.named_modules()
             if isinstance(module, QuantizedLayer)
         }
-
-    def loss(
-        self, inputs: Inputs, labels: Tensor, loss_fn: LossFunction, autocast: torch.dtype | None = None
-    ) -> Tensor:
-        """The mean loss of a batch."""
-        logits = model_logits(self.model, to_device(inputs, self.device), autocast)
-        if loss_fn is functional.cross_entropy:
-            check_labels(labels, logits)
-        return loss_fn(logits, labels.to(self.device))
 
 
 class LossIncrease(NamedTuple):

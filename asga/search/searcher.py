@@ -54,6 +54,8 @@ class PolicySearcher:
         logit_lr: Of the logits, for Adam.
         temperature: Of the softmax, at the start and at the end; it falls exponentially.
         relaxation: ``"softmax"`` or ``"gumbel"``; see `asga.search.relaxation.Relaxation`.
+        held_out: Share of the proxy's samples whose gradients train the logits, in a pass of its own after each step on
+            the rest, which trains the weights and scales (alternating updates). None: all samples train both at once.
         optimizer_options: Further options of `asga.optim.ASGA`, such as ``{"rho_max": 0.2}``; they go before those
             that make the method.
         calibration_batches: Batches that set the scales of the activations before the search.
@@ -94,6 +96,7 @@ class PolicySearcher:
         logit_lr: float = 0.03,
         temperature: tuple[float, float] = (1.0, 0.2),
         relaxation: str = "softmax",
+        held_out: float | None = None,
         optimizer_options: Mapping[str, object] | None = None,
         calibration_batches: int = 4,
         measure_batches: int = 16,
@@ -109,6 +112,8 @@ class PolicySearcher:
         if method not in METHODS:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(map(repr, METHODS))}")
         check_relaxation(relaxation)
+        if held_out is not None and not 0 < held_out < 1:
+            raise ValueError(f"held_out is {held_out}; it must lie between 0 and 1, or be None")
         counts = {
             "epochs": epochs,
             "calibration_batches": calibration_batches,
@@ -125,6 +130,7 @@ class PolicySearcher:
         self.model, self.budget, self.epochs, self.method = model, budget, epochs, method
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
         self.logit_lr, self.temperature, self.relaxation = logit_lr, temperature, relaxation
+        self.held_out = held_out
         self.optimizer_options = dict(optimizer_options or {})
         self.calibration_batches, self.measure_batches = calibration_batches, measure_batches
         self.example_inputs = example_inputs
@@ -165,7 +171,7 @@ class PolicySearcher:
                 folder=self.folder,
                 progress=self.progress,
             )
-            history = stage.run(loader, search.step, search.end_epoch)
+            history = stage.run(search.loader, search.step, search.end_epoch)
             search.relaxation.remove()
             mixed, profiles = search.model, search.profiles
             log_probs, expected = search.log_probs(), search.expected_now()
@@ -218,7 +224,7 @@ class PolicySearcher:
         if self.method not in TRAINED:
             raise ValueError(f"method is {self.method!r}, which makes no steps: call fit")
         profiles, limits = self.check(loader)
-        return Search(self, self._mixture(loader).train(), profiles, limits, steps=self.epochs * len(loader))
+        return Search(self, self._mixture(loader).train(), profiles, limits, loader)
 
     def check(self, loader: Iterable[Batch]) -> tuple[dict[str, LayerProfile], dict[str, int]]:
         """Find what would make `fit` refuse to start, without training: for before a float model is trained.

@@ -18,7 +18,7 @@ from asga.search.probe import (
     zeros,
 )
 from asga.search.space import SearchSpace
-from asga.steps import LossFunction, evaluate
+from asga.steps import LossFunction, batch_loss, evaluate
 
 
 def gradient_sensitivity(
@@ -85,7 +85,7 @@ def gradient_sensitivity(
             if probed.weight or probed.act
         ]
         try:
-            probe.loss(inputs, labels, loss_fn, autocast).backward()
+            batch_loss(probe.model, inputs, labels, loss_fn=loss_fn, autocast=autocast).backward()
         finally:
             for handle in handles:
                 handle.remove()

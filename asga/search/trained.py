@@ -1,25 +1,27 @@
 """A search by training: the mixture with its optimizers, one step of it, and what it says of itself."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from asga._batches import Inputs
+from asga._batches import Batch, Inputs
 from asga.nn import parameter_groups
 from asga.nn.layers import QuantizedLayer
 from asga.optim import ASGA
+from asga.optim.batchnorm import restore_running_statistics, save_running_statistics
 from asga.optim.guarded import GuardedSGD
 from asga.recovery import Recovery, halve_steps
 from asga.search.costs import LayerProfile
 from asga.search.dual import DualAscent
 from asga.search.expected import ExpectedCosts
+from asga.search.held_out import split_loader
 from asga.search.methods import SGD, TRAINED
 from asga.search.relaxation import Relaxation
 from asga.search.result import LogProbabilities
-from asga.steps import StepReport, cosine_with_warmup, finite, training_step
+from asga.steps import StepReport, batch_loss, cosine_with_warmup, finite, training_step
 
 if TYPE_CHECKING:
     from asga.search.searcher import PolicySearcher
@@ -34,6 +36,7 @@ class Search:
         parts: Everything that changes in a step, by name.
         recovery: What takes model and optimizers back when steps are left out again and again.
         relaxation: The probabilities of the candidates.
+        loader: The batches to train on: all but those held out for the logits.
     """
 
     def __init__(
@@ -42,9 +45,13 @@ class Search:
         mixed: nn.Module,
         profiles: Mapping[str, LayerProfile],
         limits: Mapping[str, int],
-        steps: int,
+        loader: Iterable[Batch],
     ) -> None:
         self.model, self.profiles = mixed, profiles
+        self.loader, self._held_out = loader, None
+        if options.held_out is not None:
+            self.loader, self._held_out = split_loader(loader, options.held_out)
+        steps = options.epochs * len(self.loader)
         self._options, self._steps = options, steps
         self._layers = {name: module for name, module in mixed.named_modules() if isinstance(module, QuantizedLayer)}
         self.relaxation = Relaxation(mixed, options.relaxation)
@@ -76,10 +83,14 @@ class Search:
         """
         self.relaxation.set_temperature(self._temperature())
         self.relaxation.draw()
-        loss = {"loss_fn": self._options.loss_fn, "autocast": self._options.autocast}
-        report = training_step(self.model, self._optimizer, inputs, labels, **loss)
+        options = {"loss_fn": self._options.loss_fn, "autocast": self._options.autocast}
+        report = training_step(self.model, self._optimizer, inputs, labels, **options)
         # The logits have the gradient of the second pass: that at the perturbed weights, as for SAM.
-        self._update_logits(skipped=report.skipped)
+        skipped = report.skipped
+        if self._held_out is not None:
+            self._differentiate_logits(*self._held_out.batch(self._scheduler.last_epoch))
+            skipped = False
+        self._update_logits(skipped=skipped)
         self._scheduler.step()
         return report
 
@@ -116,6 +127,17 @@ class Search:
             name: LogProbabilities(of(layer.weight_quantizer), of(layer.act_quantizer))
             for name, layer in self._layers.items()
         }
+
+    def _differentiate_logits(self, inputs: Inputs, labels: Tensor) -> None:
+        """Give the logits the gradient of the new weights on images held out, instead of that of the step."""
+        options = {"loss_fn": self._options.loss_fn, "autocast": self._options.autocast}
+        logits = self.relaxation.logits
+        statistics = save_running_statistics(self.model)
+        loss = batch_loss(self.model, inputs, labels, **options)
+        gradients = torch.autograd.grad(loss, logits, allow_unused=True)
+        restore_running_statistics(self.model, statistics)
+        for parameter, gradient in zip(logits, gradients, strict=True):
+            parameter.grad = gradient
 
     def _update_logits(self, *, skipped: bool) -> None:
         """Add the gradient of what the policy costs, and step; in a step left out nothing but the multiplier moves."""

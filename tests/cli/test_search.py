@@ -84,9 +84,10 @@ class TestRunFolder:
         assert found.policy == asga.Policy.load(tmp_path / "run" / "policy.json")
         assert result["uniform"] == found.uniform.to_dict()
 
-    def test_gumbel(self, run, search_arguments, tmp_path):
-        assert run(*search_arguments, "--relaxation", "gumbel")[0] == 0
-        assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["relaxation"] == "gumbel"
+    def test_samples_and_images_held_out(self, run, search_arguments, tmp_path):
+        assert run(*search_arguments, "--relaxation", "gumbel", "--held-out", 0.25)[0] == 0
+        options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+        assert (options["relaxation"], options["held_out"]) == ("gumbel", 0.25)
 
     def test_formats_and_target_reach_the_search(self, run, search_arguments, tmp_path):
         options = ("--formats", "int4,fp4,fp8", "--act-bits", "none", "--target", "any", "--budget", "size=w6")
@@ -338,6 +339,8 @@ class TestBadInput:
             (("--image-size", 0), "image_size is 0"),
             (("--device", "abacus"), "--device 'abacus' cannot be used"),
             (("--seed", -1), "seed is -1"),
+            (("--held-out", 1), "held_out is 1.0"),
+            (("--held-out", 0.001), "which leaves one side of 24 images empty"),
         ],
         ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
     )

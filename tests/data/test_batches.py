@@ -180,3 +180,32 @@ def test_empty_dataset():
 def test_negative_epoch():
     with pytest.raises(ValueError, match="epoch is -1"):
         raw(numbered_images(), 8).set_epoch(-1)
+
+
+class TestSplit:
+    @pytest.mark.parametrize("shuffle", [False, True])
+    def test_images_are_on_one_side_each_class_on_both(self, shuffle):
+        dataset = numbered_images()
+        sides = raw(dataset, 5, shuffle=shuffle).split(0.4)
+        images = [sorted(i for batch in order(side) for i in batch) for side in sides]
+        if not shuffle:  # training drops what is left over
+            assert sorted(images[0] + images[1]) == list(range(20))
+            assert torch.bincount(dataset.labels[images[1]]).tolist() == [2, 2, 2, 2]
+        assert not set(images[0]) & set(images[1])
+        assert [len(side) for side in sides] == ([2, 1] if shuffle else [3, 2])
+
+    def test_is_the_same_whatever_the_seed_and_epoch(self):
+        first = raw(numbered_images(), 4, shuffle=True, seed=1).split(0.4)
+        second = raw(numbered_images(), 4, shuffle=True, seed=2).split(0.4)
+        second[1].set_epoch(3)
+        assert order(first[1]) != order(second[1])
+        assert {i for batch in order(first[1]) for i in batch} == {i for batch in order(second[1]) for i in batch}
+
+    @pytest.mark.parametrize("share", [0.0, 1.0, -1])
+    def test_share_out_of_range(self, share):
+        with pytest.raises(ValueError, match="share is"):
+            raw(numbered_images(), 4).split(share)
+
+    def test_one_side_empty(self):
+        with pytest.raises(ValueError, match=r"share is 0\.01, which leaves one side of 20 images empty"):
+            raw(numbered_images(), 4).split(0.01)

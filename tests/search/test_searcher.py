@@ -15,6 +15,7 @@ from asga.policy import LayerPolicy
 from asga.runs import RunFolder
 from asga.search.comparison import NotBetterThanUniform
 from asga.search.costs import policy_costs
+from asga.search.held_out import split_loader
 from asga.steps import TrainingError
 
 METHODS = pytest.mark.parametrize("method", ["asga", "sgd"])
@@ -310,6 +311,70 @@ class TestFormats:
         assert result.policy.meta["deployment_target"] == "tensorrt"
 
 
+class TestLogits:
+    def test_train_on_the_batches_held_out_and_weights_on_the_others(self, tiny_net, labeled_batches):
+        """Where the weights stand still, other images to train them on leave the logits as they are."""
+        batches = labeled_batches(8)
+        _, held_out = split_loader(batches, 0.25)
+        apart = {id(held_out.batch(step)[0]) for step in range(2)}
+
+        def logits(changed: list[int], **options: object) -> dict[str, object]:
+            other = [(x + 1 if i in changed else x, y) for i, (x, y) in enumerate(batches)]
+            torch.manual_seed(0)
+            started = PolicySearcher(
+                tiny_net(), budget=W4A4, epochs=1, calibration_batches=1, held_out=0.25, **options
+            ).start(other)
+            assert len(started.loader) == 6
+            for inputs, labels in started.loader:
+                started.step(inputs, labels)
+            return started.log_probs()
+
+        train = [i for i, (x, _) in enumerate(batches) if i > 0 and id(x) not in apart]
+        held = [i for i, (x, _) in enumerate(batches) if i > 0 and id(x) in apart]
+        still = {"lr": 0.0, "method": "sgd"}
+        assert logits([], **still) == logits(train, **still) != logits(held, **still)
+        assert logits([]) != logits(train)
+
+    def test_alternating_leaves_running_statistics_to_the_weights(self, tiny_net, labeled_batches):
+        started = PolicySearcher(tiny_net(), budget=W4A4, epochs=1, held_out=0.25).start(labeled_batches(8))
+        started.step(*started.loader[0])
+        assert started.model.bn1.num_batches_tracked == 1
+
+    @METHODS
+    def test_weight_decay_touches_neither_logits_nor_scales(self, tiny_net, labeled_batches, method):
+        def after(weight_decay: float) -> dict[str, torch.Tensor]:
+            torch.manual_seed(0)
+            started = PolicySearcher(
+                tiny_net(),
+                budget=Budget(bitops="w3a3"),
+                epochs=1,
+                method=method,
+                lr=0.1,
+                weight_decay=weight_decay,
+                loss_fn=lambda logits, labels: logits.sum() * 0,
+            ).start(labeled_batches())
+            for inputs, labels in labeled_batches():
+                started.step(inputs, labels)
+            return started.model.state_dict()
+
+        without, decayed = after(0.0), after(0.5)
+        changed = {name for name in without if not torch.equal(without[name], decayed[name])}
+        assert {"conv2.weight", "conv3.weight", "fc.weight"} <= changed
+        assert not any("scale" in name or "logits" in name or "bias" in name for name in changed)
+        assert without["conv2.weight_quantizer.logits"].any()  # moved, by the cost
+
+    @pytest.mark.parametrize("held_out", [0.0, 1.0, 1.5])
+    def test_share_out_of_range(self, tiny_net, held_out):
+        with pytest.raises(ValueError, match="held_out is"):
+            PolicySearcher(tiny_net(), budget=W4A4, held_out=held_out)
+
+    def test_gumbel_learns(self, tiny_net, labeled_batches):
+        options = {"relaxation": "gumbel", "budget": Budget(bitops="w3a3"), "lr": 0.1}
+        result = search(tiny_net(), labeled_batches(12), epochs=6, **options)
+        assert result.history[-1]["loss"] < result.history[0]["loss"]
+        assert result.expected_cost["bitops"] == pytest.approx(1, abs=0.2)
+
+
 class TestNotFinite:
     @METHODS
     @pytest.mark.parametrize("bad", [0, 3], ids=["first batch", "a later batch"])
@@ -475,7 +540,7 @@ def _interrupt() -> None:
 class TestResume:
     """Bit for bit on a CPU: weights, logits, scales, statistics, both optimizers, multiplier, policy and metrics."""
 
-    def _search(self, tiny_net, batches, path, method, *, at=None, end=None, resume=False):
+    def _search(self, tiny_net, batches, path, method, *, at=None, end=None, resume=False, **options):
         steps = []
 
         def progress(state) -> None:
@@ -496,6 +561,7 @@ class TestResume:
             method=method,
             folder=folder,
             progress=progress,
+            **options,
         )
         return result, len(steps)
 
@@ -517,4 +583,15 @@ class TestResume:
         assert result.log_probs == expected.log_probs
         assert result.expected_cost == expected.expected_cost
         assert bits_of(result.history) == bits_of(expected.history)
+        assert result.uniform == expected.uniform
+        assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
+
+    @pytest.mark.parametrize(("at", "end"), [(2, _interrupt), (9, _interrupt), (8, _kill)])
+    def test_with_noise_and_batches_held_out(self, tiny_net, labeled_batches, tmp_path, run_contents, method, at, end):
+        batches, options = labeled_batches(8), {"relaxation": "gumbel", "held_out": 0.25}
+        expected, _ = self._search(tiny_net, batches, tmp_path / "whole", method, **options)
+        with pytest.raises((KeyboardInterrupt, Killed)):
+            self._search(tiny_net, batches, tmp_path / "parts", method, at=at, end=end, **options)
+        result, _ = self._search(tiny_net, batches, tmp_path / "parts", method, resume=True, **options)
+        assert (result.log_probs, result.uniform) == (expected.log_probs, expected.uniform)
         assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
