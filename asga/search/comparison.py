@@ -1,19 +1,9 @@
-"""A policy beside the uniform pairs of bits that its budget allows: on the proxy, without further training."""
+"""A policy beside the uniform pairs of bits that its budget allows."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor, nn
-
-from asga._batches import Inputs
-from asga.nn.layers import QuantizedLayer
-from asga.optim.batchnorm import restore_running_statistics, save_running_statistics
-from asga.policy import Policy
-from asga.search.space import SpaceChoices
-from asga.steps import LossFunction, evaluate, measure_batchnorm
 
 # What differs by less than two standard errors may be due to the images that happened to be drawn.
 _ERRORS = 2.0
@@ -47,11 +37,11 @@ class Score:
 class UniformComparison:
     """A policy and the uniform pairs of bits within the same budget.
 
-    All are scored on the same batches, as choices of one mixture: its weights and scales as the search left them (as
-    calibrated, where the method does not train), batch normalization measured anew for each, no training. Weights that
-    were trained in a mixture suit the policy that came of it, so the comparison leans towards the policy: one that is
-    not better here is hardly worth its search; one that is better here has still to prove it after a transfer. The
-    error is that of drawing the batches; it leaves out that another training would end elsewhere.
+    All are scored alike, on the same batches: see `asga.search.scoring.Scorer`. Weights that were trained in a mixture
+    suit the policy that came of it, so after a search with training the comparison leans towards the policy: one that
+    is not better here is hardly worth its search; one that is better has still to prove it after a transfer. Without
+    training it leans towards few activation bits, as training repairs weights and not activations. The error is that of
+    drawing the batches; it leaves out that another training would end elsewhere.
 
     Args:
         policy: Score of the policy.
@@ -113,54 +103,6 @@ class UniformComparison:
         if self.best is None:
             return []
         return [ours - theirs for ours, theirs in zip(self.policy.losses, self.pairs[self.best].losses, strict=True)]
-
-
-def score(
-    mixed: nn.Module,
-    choices: SpaceChoices,
-    policy: Policy,
-    cost_shares: Mapping[str, float],
-    batches: Sequence[tuple[Inputs, Tensor]],
-    *,
-    loss_fn: LossFunction,
-    autocast: torch.dtype | None,
-) -> Score:
-    """Score a policy as a choice of a mixture, which is left as it was.
-
-    Args:
-        mixed: The mixture, calibrated.
-        choices: Its candidates.
-        policy: One of them for every layer.
-        cost_shares: What it costs.
-        batches: Pairs of inputs and labels. Every other one measures batch normalization, the rest the loss; a single
-            one does both.
-        loss_fn: The mean loss over a batch of logits and labels.
-        autocast: Run the model under autocast to this dtype.
-    """
-    layers = {name: module for name, module in mixed.named_modules() if isinstance(module, QuantizedLayer)}
-    statistics_before = save_running_statistics(mixed)
-    try:
-        for name, layer in layers.items():
-            candidates, chosen = choices.layers[name], policy[name]
-            _choose(layer.weight_quantizer, candidates.weight_bits, chosen.weight_bits)
-            _choose(layer.act_quantizer, candidates.act_bits, chosen.act_bits)
-        measure_batchnorm(mixed, batches[::2], autocast=autocast)
-        found = [evaluate(mixed, [batch], loss_fn=loss_fn, autocast=autocast) for batch in batches[1::2] or batches]
-    finally:
-        restore_running_statistics(mixed, statistics_before)
-        for layer in layers.values():
-            for quantizer in (layer.weight_quantizer, layer.act_quantizer):
-                if hasattr(quantizer, "use_probs"):
-                    quantizer.use_probs(None)
-    top1 = sum(one.top1 * one.images for one in found) / sum(one.images for one in found)
-    return Score(tuple(one.loss for one in found), None if math.isnan(top1) else top1, dict(cost_shares))
-
-
-def _choose(quantizer: nn.Module, candidates: Sequence[object], chosen: object) -> None:
-    if hasattr(quantizer, "use_probs"):
-        one_hot = torch.zeros(len(candidates), device=quantizer.floor.device)
-        one_hot[candidates.index(chosen)] = 1
-        quantizer.use_probs(one_hot)
 
 
 def _score_dict(score: Score) -> dict[str, object]:

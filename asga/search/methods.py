@@ -23,6 +23,6 @@ METHODS: Mapping[str, str] = {
     "sgd": "trained with plain SGD, one pass a step (EdMIPS)",
     "sensitivity": "not trained: gradients times quantization errors (AutoQuantize)",
     "hawq": "not trained: traces of the Hessian times squared quantization errors (HAWQ-V2)",
-    "uniform": "not trained: the best uniform pair of weight and activation bits",
+    "uniform": "the uniform pair of weight and activation bits that is best after a short fine-tuning",
     "random": "not trained: drawn from all policies within the budget",
 }

@@ -12,15 +12,17 @@ from asga._batches import Batch, first_sample, to_device
 from asga._extras import require
 from asga.convert import prepare
 from asga.nn import calibrate
-from asga.policy import LayerPolicy, Policy
+from asga.policy import LayerPolicy
 from asga.runs import RunFolder
 from asga.search.baselines import uniform_pairs
 from asga.search.budget import Budget
-from asga.search.comparison import NotBetterThanUniform, Score, UniformComparison, score
-from asga.search.costs import ExampleInputs, LayerProfile, cost_tables, policy_costs, profile_layers
+from asga.search.comparison import NotBetterThanUniform, UniformComparison
+from asga.search.costs import ExampleInputs, LayerProfile, cost_tables, profile_layers
+from asga.search.held_out import split_loader
 from asga.search.methods import METHODS, TRAINED
 from asga.search.relaxation import check_relaxation
 from asga.search.result import SearchResult, best_policy
+from asga.search.scoring import Scorer
 from asga.search.solver import check_feasible
 from asga.search.space import SearchSpace
 from asga.search.trained import Search
@@ -59,8 +61,8 @@ class PolicySearcher:
         optimizer_options: Further options of `asga.optim.ASGA`, such as ``{"rho_max": 0.2}``; they go before those
             that make the method.
         calibration_batches: Batches that set the scales of the activations before the search.
-        measure_batches: Batches on which the policy is compared with uniform ones at the end, every other one to
-            measure batch normalization; methods without training measure on them, too.
+        measure_batches: Batches on which the policy is compared with uniform ones at the end
+            (`asga.search.scoring.Scorer`), and on which methods without training measure.
         example_inputs: What the target model will be fed, if not what the loader gives: costs are those at this
             resolution.
         loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits
@@ -179,26 +181,20 @@ class PolicySearcher:
             profiles, _ = self.check(loader)
             mixed = self._mixture(loader)
             log_probs, expected = {}, {}
-        batches = first_batches(loader, self.measure_batches)
         limits = self.budget.limits(profiles, self.choices)
-
-        def scored(policy: Policy) -> Score:
-            costs = policy_costs(profiles, policy)
-            shares = {metric: getattr(costs, metric) / limit for metric, limit in limits.items()}
-            options = {"loss_fn": self.loss_fn, "autocast": self.autocast}
-            return score(mixed, self.choices, policy, shares, batches, **options)
-
-        started = time.perf_counter()
-        pairs = {pair: scored(self.choices.uniform(*pair)) for pair in uniform_pairs(profiles, self.choices, limits)}
-        if self.method != "uniform":  # for the others the pairs are no part of the search
-            started = time.perf_counter()
+        uniform = {pair: self.choices.uniform(*pair) for pair in uniform_pairs(profiles, self.choices, limits)}
+        scorer = Scorer(self, mixed, profiles, loader)
         if self.method not in TRAINED:
-            log_probs = score_candidates(self, profiles, batches, pairs)
+            started = time.perf_counter()
+            log_probs = score_candidates(self, profiles, scorer, uniform)
             history = [{"stage": self.stage, "seconds": round(time.perf_counter() - started, 3)}]
         policy = best_policy(log_probs, self.choices, profiles, self.budget, self.meta)
-        uniform = UniformComparison(scored(policy), {str(LayerPolicy(*pair)): score for pair, score in pairs.items()})
-        if uniform.better is False and self.method != "uniform":
-            warnings.warn(f"the policy is not better than uniform bits: {uniform}", NotBetterThanUniform, stacklevel=2)
+        pairs = {str(LayerPolicy(*pair)): scorer(choice) for pair, choice in uniform.items()}
+        comparison = UniformComparison(scorer(policy), pairs)
+        if comparison.better is False and self.method != "uniform":
+            warnings.warn(
+                f"the policy is not better than uniform bits: {comparison}", NotBetterThanUniform, stacklevel=2
+            )
         return SearchResult(
             policy=policy,
             budget=self.budget,
@@ -208,7 +204,7 @@ class PolicySearcher:
             expected_cost=expected,
             history=history,
             method=self.method,
-            uniform=uniform,
+            uniform=comparison,
         )
 
     def start(self, loader: Iterable[Batch]) -> "Search":
@@ -250,6 +246,8 @@ class PolicySearcher:
         profiles = profile_layers(self.model, to_device(example, device), self.choices.names)
         limits = self.budget.limits(profiles, self.choices)
         check_feasible(cost_tables(profiles, self.choices), limits)
+        if self.held_out is not None:
+            split_loader(loader, self.held_out)
         return profiles, limits
 
     def _mixture(self, loader: Iterable[Batch]) -> nn.Module:

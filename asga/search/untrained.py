@@ -1,16 +1,14 @@
 """The methods that do not train: they score candidates once, and the solver does the rest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from asga._batches import Inputs
+from asga.policy import Policy
 from asga.search.baselines import random_choice
-from asga.search.comparison import Score
 from asga.search.costs import LayerProfile
 from asga.search.hessian import hessian_sensitivity
 from asga.search.result import LogProbabilities
+from asga.search.scoring import Scorer
 from asga.search.sensitivity import gradient_sensitivity
 from asga.search.solver import InfeasibleBudgetError
 from asga.search.space import SpaceChoices
@@ -22,16 +20,16 @@ if TYPE_CHECKING:
 def score_candidates(
     options: "PolicySearcher",
     profiles: Mapping[str, LayerProfile],
-    batches: Sequence[tuple[Inputs, Tensor]],
-    pairs: Mapping[tuple[int, int], Score],
+    scorer: Scorer,
+    uniform: Mapping[tuple[int, int], Policy],
 ) -> dict[str, LogProbabilities]:
     """What takes the place of log-probabilities in a search without training.
 
     Args:
         options: The search.
         profiles: What the layers cost.
-        batches: Pairs of inputs and labels to measure on.
-        pairs: Uniform pairs of bits within the budget and their scores on the proxy.
+        scorer: Of its policies on the proxy.
+        uniform: The uniform policies within the budget, by weight and activation bits.
 
     Raises:
         InfeasibleBudgetError: The method is uniform, and no uniform pair is within the budget.
@@ -40,15 +38,15 @@ def score_candidates(
     if options.method == "random":
         return _only(options.choices, random_choice(profiles, options.choices, limits))
     if options.method == "uniform":
-        if not pairs:
+        if not uniform:
             raise InfeasibleBudgetError("no uniform pair of candidates meets the budget", limits, {})
-        best = min(pairs, key=lambda pair: pairs[pair].loss)
+        best = min(uniform, key=lambda pair: scorer(uniform[pair]).loss)
         return _only(options.choices, options.choices.uniform_choice(*best))
     if options.method == "hawq":
-        found = hessian_sensitivity(options.model, options.space, batches, loss_fn=options.loss_fn)
+        found = hessian_sensitivity(options.model, options.space, scorer.batches, loss_fn=options.loss_fn)
     else:
         found = gradient_sensitivity(
-            options.model, options.space, batches, loss_fn=options.loss_fn, autocast=options.autocast
+            options.model, options.space, scorer.batches, loss_fn=options.loss_fn, autocast=options.autocast
         )
     return {
         name: LogProbabilities(*(tuple(-value for value in values) for values in increase))

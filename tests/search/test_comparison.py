@@ -1,14 +1,6 @@
-import math
-
 import pytest
-from torch.nn import functional
 
-from asga import SearchSpace, evaluate, prepare, quantize
-from asga.nn import calibrate
-from asga.search.comparison import Score, UniformComparison, score
-from asga.steps import measure_batchnorm
-
-SPACE = SearchSpace(weight_bits=(2, 4), act_bits=(3, 8))
+from asga.search.comparison import Score, UniformComparison
 
 
 def made(losses: tuple[float, ...]) -> Score:
@@ -17,55 +9,6 @@ def made(losses: tuple[float, ...]) -> Score:
 
 def compare(policy: tuple[float, ...], **pairs: tuple[float, ...]) -> UniformComparison:
     return UniformComparison(made(policy), {name: made(losses) for name, losses in pairs.items()})
-
-
-class TestScore:
-    @pytest.mark.parametrize(("weight_bits", "act_bits"), [(2, 8), (4, 3)])
-    def test_is_that_of_the_quantized_model(self, tiny_net, labeled_batches, weight_bits, act_bits):
-        """With the same scales and statistics of batch normalization; no batch measures both."""
-        model, batches = tiny_net(), labeled_batches(4)
-        mixed = prepare(model, SPACE)
-        calibrate(mixed, batches)
-        choices = SPACE.choices(model)
-        policy = choices.uniform(weight_bits, act_bits)
-        model.dropout.p = mixed.dropout.p = 0.0
-        found = score(
-            mixed,
-            choices,
-            policy,
-            {"bitops": 0.5},
-            batches,
-            loss_fn=functional.cross_entropy,
-            autocast=None,
-        )
-        quantized = quantize(model, policy)
-        calibrate(quantized, batches)
-        measure_batchnorm(quantized, batches[::2])
-        expected = [evaluate(quantized, [batch]) for batch in batches[1::2]]
-        assert found.losses == pytest.approx([one.loss for one in expected], rel=1e-3)
-        assert found.top1 == pytest.approx(sum(one.top1 for one in expected) / 2)
-        assert found.cost_shares == {"bitops": 0.5}
-
-    def test_leaves_the_mixture_as_it_was(self, tiny_net, labeled_batches, bits_of):
-        mixed, batches = prepare(tiny_net(), SPACE), labeled_batches(2)
-        calibrate(mixed, batches)
-        mixed.train()
-        before = bits_of(mixed.state_dict())
-        choices = SPACE.choices(tiny_net())
-        score(mixed, choices, choices.uniform(2, 3), {}, batches, loss_fn=functional.cross_entropy, autocast=None)
-        assert bits_of(mixed.state_dict()) == before
-        assert mixed.training
-        assert mixed.conv2.weight_quantizer.probs().tolist() == [0.5, 0.5]
-
-    def test_labels_that_are_no_classes(self, tiny_net, labeled_batches):
-        batches = [(x, y.float()) for x, y in labeled_batches(1)]
-        mixed = prepare(tiny_net(), SPACE)
-        calibrate(mixed, batches)
-        choices = SPACE.choices(tiny_net())
-        loss_fn = lambda outputs, labels: (outputs.mean(1) - labels).square().mean()  # noqa: E731
-        found = score(mixed, choices, choices.uniform(2, 3), {}, batches, loss_fn=loss_fn, autocast=None)
-        assert found.top1 is None
-        assert math.isfinite(found.loss)
 
 
 class TestComparison:

@@ -200,6 +200,10 @@ def test_batches_of_any_form(tiny_net, labeled_batches, bits_of, batch_form, met
 
 
 class TestMethods:
+    @pytest.fixture(autouse=True)
+    def short_fine_tuning(self, monkeypatch):
+        monkeypatch.setattr("asga.search.scoring._TUNING_STEPS", 4)
+
     @pytest.mark.parametrize("method", list(asga.search.METHODS))
     def test_every_one_gives_the_same_kind_of_result(self, tiny_net, labeled_batches, tmp_path, method):
         budget, batches = Budget(bitops="w3a4", size="w3"), labeled_batches()
