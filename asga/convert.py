@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from asga.nn.layers import MixedConv2d, MixedLinear, QuantConv2d, QuantizedLayer, QuantLinear
-from asga.nn.quantizable import find_quantizable
+from asga.nn.quantizable import find_quantizable, unwrapped
 from asga.nn.quantizers import ActQuantizer, MixedActQuantizer
 from asga.policy import Policy, WeightBits
 from asga.targets import check_target, find_target
@@ -45,7 +45,7 @@ def prepare(model: nn.Module, space: "SearchSpace", *, inplace: bool = False, in
     stay float. Activation scales are not set yet: see `asga.nn.calibrate`.
 
     Args:
-        model: A float model.
+        model: A float model; out of `torch.compile` and `DataParallel` it is taken first.
         space: The candidates of each layer.
         inplace: Replace layers in `model` itself, keeping its `Parameter` objects, instead of in a deep copy.
         init: Initial scales: "mse" (least squared error) or "lsq".
@@ -55,8 +55,10 @@ def prepare(model: nn.Module, space: "SearchSpace", *, inplace: bool = False, in
 
     Raises:
         ValueError: The model is converted already, has nothing to search or what the target of the space cannot run,
-            or is itself a single layer, which cannot be replaced in place. Nothing has been changed.
+            is in parts compiled, or is itself a single layer, which cannot be replaced in place. Nothing has been
+            changed.
     """
+    model = unwrapped(model)
     _check_float(model)
     layers = space.choices(model).layers
     pinned = {name: (c.weight_bits[0], c.act_bits[0]) for name, c in layers.items() if c.pinned}
@@ -75,7 +77,7 @@ def quantize(
     same: number of classes, resolution, widths. Activation scales are not set yet: see `asga.nn.calibrate`.
 
     Args:
-        model: A float model.
+        model: A float model; out of `torch.compile` and `DataParallel` it is taken first.
         policy: Bit-widths for each of its quantizable layers.
         target: Where the model will run, a name in `asga.targets.TARGETS`, or ``"any"``. None is the target that the
             policy was searched for (``"deployment_target"`` in its `meta`), if any.
@@ -87,8 +89,10 @@ def quantize(
 
     Raises:
         ValueError: The policy does not fit the model or the target (`check_policy`), or the model is converted
-            already, or is itself a single layer, which cannot be replaced in place. Nothing has been changed.
+            already, in parts compiled, or itself a single layer, which cannot be replaced in place. Nothing has been
+            changed.
     """
+    model = unwrapped(model)
     _check_float(model)
     target = check_policy(model, policy, target=target)
     fixed = {

@@ -40,6 +40,31 @@ def find_quantizable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
     return layers, skipped
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`, which rename its layers.
+
+    Raises:
+        ValueError: A module inside the model is wrapped. Its layers would be called otherwise in a policy than in the
+            same model without the wrapper, for which the policy would then not fit.
+    """
+    while (inner := _inside(model)) is not None:
+        model = inner
+    for name, module in model.named_modules():
+        if _inside(module) is not None:
+            raise ValueError(
+                f"the module {name!r} is wrapped by {type(module).__name__}, which renames its layers: convert the "
+                f"model first, and wrap what comes out of it"
+            )
+    return model
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return module.module
+    # Of torch.compile. Its class is in torch._dynamo, whose import takes a second.
+    return module._modules.get("_orig_mod")
+
+
 def _called_around_forward(model: nn.Module) -> dict[nn.Module, str]:
     """Linear layers whose owner hands their weights to a fused kernel instead of calling them."""
     found = {}

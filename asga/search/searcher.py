@@ -12,6 +12,7 @@ from asga._batches import Batch, first_sample, to_device
 from asga._extras import require
 from asga.convert import prepare
 from asga.nn import calibrate
+from asga.nn.quantizable import unwrapped
 from asga.policy import LayerPolicy
 from asga.runs import RunFolder
 from asga.search.baselines import uniform_pairs
@@ -27,6 +28,7 @@ from asga.search.solver import check_feasible
 from asga.search.space import SearchSpace
 from asga.search.trained import Search
 from asga.search.untrained import score_candidates
+from asga.search.watches import ClassWatch
 from asga.steps import LossFunction
 from asga.training import CHECKPOINT_EVERY, Progress, Stage, count_batches, first_batches
 
@@ -44,7 +46,8 @@ class PolicySearcher:
     The defaults are those of a search that starts from a trained float model.
 
     Args:
-        model: The float model, best trained on the proxy. It is copied, not changed.
+        model: The float model, best trained on the proxy. It is copied, not changed; out of `torch.compile` and
+            `DataParallel` it is taken first, so that layers have their own names.
         space: The candidates.
         budget: The limits that the policy meets.
         epochs: Passes over the loader; without effect on methods that do not train.
@@ -128,6 +131,7 @@ class PolicySearcher:
         if not (temperature[0] >= temperature[1] > 0):
             raise ValueError(f"temperature is {temperature}; it must fall and stay above zero")
         self.space = space if space is not None else SearchSpace()
+        model = unwrapped(model)
         self.choices = self.space.choices(model)
         self.model, self.budget, self.epochs, self.method = model, budget, epochs, method
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
@@ -185,6 +189,9 @@ class PolicySearcher:
         uniform = {pair: self.choices.uniform(*pair) for pair in uniform_pairs(profiles, self.choices, limits)}
         scorer = Scorer(self, mixed, profiles, loader)
         if self.method not in TRAINED:
+            seen = ClassWatch(len(scorer.batches))
+            for _, labels in scorer.batches:
+                seen.see(labels)
             started = time.perf_counter()
             log_probs = score_candidates(self, profiles, scorer, uniform)
             history = [{"stage": self.stage, "seconds": round(time.perf_counter() - started, 3)}]

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from asga.nn.quantizable import find_quantizable
+from asga.nn.quantizable import find_quantizable, unwrapped
 from asga.ops.functional import MAX_CANDIDATES
 from asga.policy import LayerPolicy, Policy, WeightBits, bit_width, check_bits, check_weight_bits, did_you_mean
 from asga.targets import check_target, find_target
@@ -171,10 +171,10 @@ class SearchSpace:
             The candidates of every quantizable layer, and why other layers stay float.
 
         Raises:
-            ValueError: A pattern matches no quantizable layer, no layer is left to search, or the target cannot run
-                what could be chosen.
+            ValueError: A pattern matches no quantizable layer, no layer is left to search, the target cannot run what
+                could be chosen, or the model is in parts compiled.
         """
-        quantizable, skipped = find_quantizable(model)
+        quantizable, skipped = find_quantizable(unwrapped(model))
         names = list(quantizable)
         if not names:
             raise ValueError(f"the model has no layer that can be quantized{_reasons(skipped)}")

@@ -21,6 +21,7 @@ from asga.search.held_out import split_loader
 from asga.search.methods import SGD, TRAINED
 from asga.search.relaxation import Relaxation
 from asga.search.result import LogProbabilities
+from asga.search.watches import ClassWatch, GradientWatch
 from asga.steps import StepReport, batch_loss, cosine_with_warmup, finite, training_step
 
 if TYPE_CHECKING:
@@ -64,9 +65,11 @@ class Search:
         )
         self._scheduler = cosine_with_warmup(self._optimizer, steps, options.warmup)
         self._dual = DualAscent(list(limits), steps)
+        self._classes = ClassWatch(len(self.loader))
+        self._gradients = GradientWatch(self._layers)
         going_back = {"model": mixed, "optimizer": self._optimizer, "logit_optimizer": self._logit_optimizer}
         self.recovery = Recovery(going_back, halve_steps(self._optimizer, self._scheduler), steps)
-        self.parts = {**going_back, "scheduler": self._scheduler, "dual": self._dual}
+        self.parts = {**going_back, "scheduler": self._scheduler, "dual": self._dual, "gradients": self._gradients}
 
     def step(self, inputs: Inputs, labels: Tensor) -> StepReport:
         """Train on one batch.
@@ -80,7 +83,9 @@ class Search:
 
         Raises:
             TrainingError: The labels do not fit.
+            ValueError: A whole epoch has shown a single class.
         """
+        self._classes.see(labels)
         self.relaxation.set_temperature(self._temperature())
         self.relaxation.draw()
         options = {"loss_fn": self._options.loss_fn, "autocast": self._options.autocast}
@@ -90,6 +95,7 @@ class Search:
         if self._held_out is not None:
             self._differentiate_logits(*self._held_out.batch(self._scheduler.last_epoch))
             skipped = False
+        self._gradients.see()
         self._update_logits(skipped=skipped)
         self._scheduler.step()
         return report
@@ -102,6 +108,8 @@ class Search:
             "multiplier": dict(self._dual.multipliers),
             "expected_cost": self.expected_now(),
         }
+        if missing := self._gradients.missing():
+            record["without_gradient"] = missing
         if isinstance(self._optimizer, ASGA):
             record |= finite(self._optimizer.diagnostics())
         if self._options.folder is not None:

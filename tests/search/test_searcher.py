@@ -228,14 +228,22 @@ class TestMethods:
     )
     def test_variant_and_radius(self, tiny_net, labeled_batches, method, variant, radius):
         """A fixed one is SAM's customary 0.05, or whatever is asked for."""
-        options = {"budget": W4A4, "epochs": 1, "method": method}
-        optimizer = PolicySearcher(tiny_net(), **options).start(labeled_batches()).parts["optimizer"]
-        assert (optimizer.variant, optimizer._radius.rule) == (variant, radius)
+
+        def optimizer(**options: object):
+            started = PolicySearcher(tiny_net(), budget=W4A4, epochs=1, method=method, **options).start(
+                labeled_batches()
+            )
+            before = started.parts["optimizer"].rho.item()
+            started.step(*labeled_batches()[0])
+            return started.parts["optimizer"], before
+
+        found, before = optimizer()
+        assert found.options.variant == variant
+        assert (found.rho.item() == before == 0.05) is (radius == "constant")
         if radius == "constant":
-            assert optimizer.rho.item() == 0.05
-            options["optimizer_options"] = {"rho_max": 0.2, "variant": "gsam"}
-            optimizer = PolicySearcher(tiny_net(), **options).start(labeled_batches()).parts["optimizer"]
-            assert (optimizer.variant, optimizer.rho.item()) == ("gsam", 0.2)
+            found, before = optimizer(optimizer_options={"rho_max": 0.2, "variant": "gsam"})
+            assert found.options.variant == "gsam"
+            assert found.rho.item() == before == 0.2
 
     @pytest.mark.parametrize("method", list(asga.search.METHODS))
     def test_impossible_budget(self, tiny_net, labeled_batches, method):
@@ -502,10 +510,56 @@ class TestBadInput:
             search(tiny_net(), [{"x": torch.zeros(2, 1, 8, 8), "y": torch.zeros(2)}])
 
     @METHODS
-    def test_a_layer_without_gradient_does_no_harm(self, tiny_net, labeled_batches, method):
+    def test_a_layer_without_gradient_is_named_and_does_no_harm(self, tiny_net, labeled_batches, method):
         budget = Budget(size="w4")  # so that its activation logits have no gradient from the costs either
-        result = search(_SideLayer(tiny_net()), labeled_batches(), budget=budget, method=method)
+        with pytest.warns(UserWarning, match="the loss does not depend on the bits of 'side'"):
+            result = search(_SideLayer(tiny_net()), labeled_batches(), budget=budget, method=method)
+        assert result.history[0]["without_gradient"] == ["side"]
         assert len(set(result.log_probs["side"].act)) == 1
+
+    @METHODS
+    def test_frozen_weights_have_bits_to_choose_all_the_same(self, tiny_net, labeled_batches, method, recwarn):
+        model = tiny_net().requires_grad_(False)
+        result = search(model, labeled_batches(), method=method)
+        assert "without_gradient" not in result.history[0]
+        assert len(set(result.log_probs["conv2"].weight)) == 5
+        assert not any("does not depend" in str(warning.message) for warning in recwarn)
+
+    @pytest.mark.parametrize("method", list(asga.search.METHODS))
+    def test_a_layer_called_twice_costs_twice(self, twice_net, labeled_batches, method):
+        result = search(twice_net(), labeled_batches(), budget=Budget(bitops="w3a3"), method=method)
+        assert result.profiles["twice"].macs == 2 * 8 * 8 * 4 * 4 * 9
+        assert result.cost_shares(result.policy)["bitops"] <= 1
+
+    @pytest.mark.parametrize("shuffle", [False, True])
+    def test_single_class_in_the_batches_alone(self, tiny_net, shuffle):
+        loader = DataLoader(
+            TensorDataset(torch.randn(8, 1, 8, 8), torch.ones(8, dtype=torch.int64)), batch_size=4, shuffle=shuffle
+        )
+        for method in ("asga", "sensitivity"):
+            with pytest.raises(ValueError, match=r"the proxy has a single class.* All labels are 1"):
+                search(tiny_net(), loader, epochs=3, method=method)
+
+    def test_loaders_sorted_by_class(self, tiny_net):
+        labels = torch.arange(2).repeat_interleave(8)
+        loader = DataLoader(TensorDataset(torch.randn(16, 1, 8, 8), labels), batch_size=4)
+        assert search(tiny_net(), loader, epochs=2).history
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))],
+        ids=["compiled", "data parallel", "both"],
+    )
+    def test_a_wrapped_model_has_the_names_of_its_own_layers(self, tiny_net, labeled_batches, wrap):
+        result = search(wrap(tiny_net()), labeled_batches())
+        assert list(result.policy) == ["conv1", "conv2", "conv3", "fc"]
+        assert next(iter(asga.quantize(wrap(tiny_net()), result.policy).state_dict())) == "conv1.weight"
+
+    def test_a_wrapped_part_is_named(self, tiny_net):
+        model = nn.Sequential(tiny_net(), nn.Linear(3, 3))
+        model[0].conv2 = torch.compile(model[0].conv2)
+        with pytest.raises(ValueError, match=r"the module '0\.conv2' is wrapped by OptimizedModule"):
+            PolicySearcher(model, budget=W4A4)
 
     @pytest.mark.parametrize(
         ("options", "message"),
