@@ -1,4 +1,5 @@
 import copy
+import errno
 import json
 import pickle
 
@@ -147,7 +148,7 @@ class TestFile:
         before = path.read_bytes()
 
         def fail(*args):
-            raise OSError("no space left on device")
+            raise OSError(errno.ENOSPC, "no space left on device")
 
         monkeypatch.setattr("os.replace", fail)
         with pytest.raises(OSError, match="no space"):
