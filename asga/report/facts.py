@@ -7,6 +7,7 @@ from statistics import fmean
 from asga.policy import Policy, bit_width
 from asga.report.html import bytes_, count, duration, percent
 from asga.report.run import METRIC_NAMES, Run
+from asga.search.methods import METHODS, TRAINED
 
 # A radius on one bound for more than this share of the steps is in effect a constant.
 _STUCK_SHARE = 0.9
@@ -90,6 +91,22 @@ def uniform_comparisons(run: Run) -> dict[str, dict[str, object]]:
     found = {name: seed.get("uniform") for name, seed in result.get("seeds", {}).items()}
     found |= {"policy": result.get("uniform")}
     return {name: comparison for name, comparison in found.items() if comparison and comparison["pairs"]}
+
+
+def uniform_note(method: str | None) -> str:
+    """How the policies of that comparison were scored, and what that is worth; see `asga.search.scoring.Scorer`."""
+    if method == "uniform":
+        return "All were fine-tuned for a few steps from the float model."
+    if method in METHODS and method not in TRAINED:
+        return (
+            "All have the float weights, quantized without training. That leans towards few activation bits: training "
+            "repairs weights, not activations."
+        )
+    return (
+        "All are choices of the same mixture, its weights as the search left them, batch normalization measured anew. "
+        "That leans towards the policy: one that is not better here is hardly worth its search, one that is better has "
+        "still to prove it after a transfer."
+    )
 
 
 def mean_bits(policy: Policy | None) -> dict[str, float]:

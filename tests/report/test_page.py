@@ -105,6 +105,17 @@ class TestUniform:
         assert f"± 0.0100, {word}." in text
         assert ("On the proxy the policy is not better than uniform bits" in text) is (better is False)
 
+    @pytest.mark.parametrize(
+        ("method", "words"),
+        [
+            ("asga", "as the search left them"),
+            ("hawq", "quantized without training"),
+            ("uniform", "fine-tuned for a few"),
+        ],
+    )
+    def test_how_it_was_measured_is_told(self, text_of, method, words):
+        assert words in text_of(uniform=_comparison(), method=method)
+
     def test_a_single_batch_has_no_error(self, text_of):
         assert "a difference of -0.0500, unclear." in text_of(uniform=_comparison(None, None))
 
