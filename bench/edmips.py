@@ -121,7 +121,8 @@ class PlainSearch:
         self._count = torch.zeros((), device=self._logits[0].device)
         self._rho = torch.full_like(self._count, math.sqrt(RHO_MIN * RHO_MAX))
         run = self._maybe_compile if compiled else lambda function: function
-        self._objective, self._ascend, self._descend, self._adam = map(run, (self._loss, _ascend, _descend, _adam))
+        self._objective, self._expected = run(self._loss), run(self._cost)
+        self._ascend, self._descend, self._adam = map(run, (_ascend, _descend, _adam))
 
     @staticmethod
     def _maybe_compile(function: Callable) -> Callable:
@@ -129,33 +130,45 @@ class PlainSearch:
 
     def step(self, inputs: Tensor, labels: Tensor) -> float:
         """Make one; returns the loss before it."""
-        loss, cost = self._pass(inputs, labels)
+        loss = self._pass(inputs, labels)
         with torch.no_grad():
             grads = [p.grad for p in self._weights]
             if self._sharpness_aware:
                 grads = self._second_pass(inputs, labels, loss, grads)
             self._descend(self._weights, grads, self._momentum, len(self._decayed))
             self._count += 1
-            self._adam(self._logits, [p.grad for p in self._logits], *self._moments, self._count)
-        self._dual.update({metric: value.item() for metric, value in cost.items()})
+            self._adam(self._logits, self._logit_gradients(), *self._moments, self._count)
         return loss.item()
 
-    def _pass(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _pass(self, inputs: Tensor, labels: Tensor) -> Tensor:
         self.model.zero_grad()
         with torch.enable_grad():
-            loss, cost = self._objective(inputs, labels)
-            costs = {"bitops": cost}
-            (loss + self._dual.penalty(costs)).backward()
-        return loss.detach(), {metric: value.detach() for metric, value in costs.items()}
+            loss = self._objective(inputs, labels)
+            loss.backward()
+        return loss.detach()
 
-    def _loss(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
         with autocast_to(inputs.device, self._autocast):
             outputs = self.model(inputs)
+        return functional.cross_entropy(outputs.float(), labels)
+
+    def _cost(self) -> Tensor:
+        """The expected cost, as a share of the budget."""
         cost = 0.0
         for name, table in self._tables.items():
             layer = self.model.get_submodule(name)
             cost = cost + layer.weight_quantizer.probs() @ table @ layer.act_quantizer.probs()
-        return functional.cross_entropy(outputs.float(), labels), cost
+        return cost
+
+    def _logit_gradients(self) -> list[Tensor]:
+        """Those of the last pass, and those of the expected cost as the multiplier weighs them."""
+        of_loss = [p.grad for p in self._logits]
+        with torch.enable_grad():
+            cost = self._expected()
+            of_cost = list(torch.autograd.grad(cost, self._logits))
+        norms = [torch.stack(torch._foreach_norm(grads)).norm() for grads in (of_loss, of_cost)]
+        weights = self._dual.step({"bitops": cost.item()}, {"bitops": (norms[0] / norms[1]).item()})
+        return torch._foreach_add(of_loss, of_cost, alpha=weights["bitops"])
 
     def _second_pass(self, inputs: Tensor, labels: Tensor, loss: Tensor, first: list[Tensor]) -> list[Tensor]:
         """Gradients to step with: the mean of both passes."""
@@ -163,7 +176,7 @@ class PlainSearch:
         backups = [p.clone() for p in self._perturbed]
         statistics = [b.clone() for b in self._statistics]
         self._ascend(self._perturbed, first[:count], self._rho)
-        second_loss, _ = self._pass(inputs, labels)
+        second_loss = self._pass(inputs, labels)
         torch._foreach_copy_(self._perturbed, backups)
         torch._foreach_copy_(self._statistics, statistics)
         self._rho = torch.log1p((second_loss - loss).clamp(min=0.0)).clamp(RHO_MIN, RHO_MAX)

@@ -148,15 +148,33 @@ class Search:
             parameter.grad = gradient
 
     def _update_logits(self, *, skipped: bool) -> None:
-        """Add the gradient of what the policy costs, and step; in a step left out nothing but the multiplier moves."""
+        """Add the gradients of what the policy costs, and step; in a step left out nothing but multipliers move."""
+        logits = self.relaxation.logits
         expected = self._costs(self.relaxation.probs())
-        penalty = self._dual.penalty(expected)
-        if penalty.requires_grad:  # not if every layer has a single candidate
-            penalty.backward()
-        gradients = [p.grad for p in self.relaxation.logits if p.grad is not None]
-        if not skipped and math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
-            self._logit_optimizer.step()
-        self._dual.update(dict(zip(expected, torch.stack(list(expected.values())).tolist(), strict=True)))
+        of_costs = [self._gradients_of(cost) for cost in expected.values()]
+        of_loss = [torch.zeros_like(p) if p.grad is None else p.grad for p in logits]
+        norms = [torch.nn.utils.get_total_norm(gradients) for gradients in (of_loss, *of_costs)]
+        # One transfer from the device for all.
+        values = torch.stack([*expected.values(), *norms]).detach().tolist()
+        costs, loss_norm, cost_norms = values[: len(expected)], values[len(expected)], values[len(expected) + 1 :]
+        skipped = skipped or not math.isfinite(loss_norm)
+        ratios = [math.nan if skipped or norm == 0 else loss_norm / norm for norm in cost_norms]
+        weights = self._dual.step(*(dict(zip(expected, found, strict=True)) for found in (costs, ratios)))
+        if skipped:
+            return
+        for weight, gradients in zip(weights.values(), of_costs, strict=True):
+            for total, gradient in zip(of_loss, gradients, strict=True):
+                total.add_(gradient, alpha=weight)
+        for parameter, total in zip(logits, of_loss, strict=True):
+            parameter.grad = total
+        self._logit_optimizer.step()
+
+    def _gradients_of(self, cost: Tensor) -> tuple[Tensor, ...]:
+        """With respect to the logits; zero if every layer has a single candidate."""
+        logits = self.relaxation.logits
+        if not cost.requires_grad:
+            return tuple(map(torch.zeros_like, logits))
+        return torch.autograd.grad(cost, logits, retain_graph=True, allow_unused=True, materialize_grads=True)
 
     def _temperature(self) -> float:
         start, end = self._options.temperature
