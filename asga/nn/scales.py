@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from asga.ops import fake_quant
+from asga.ops.autograd import apply_of
+from asga.ops.transforms import transforming
 
 INITS = ("lsq", "mse")
 
@@ -43,13 +45,14 @@ def effective_scale(scale: Tensor, floor: Tensor, grad_factor: Tensor, elements:
         The floor is this package's: without it a scale can be driven to zero or through it, after which every
         output is NaN or has lost its meaning.
     """
-    return _EffectiveScale.apply(scale, floor, grad_factor, elements)
+    apply = _EffectiveScale.apply if torch.compiler.is_compiling() or transforming() else _apply
+    return apply(scale, floor, grad_factor, elements)
 
 
 class _EffectiveScale(torch.autograd.Function):
     @staticmethod
     def forward(scale: Tensor, floor: Tensor, grad_factor: Tensor, elements: int) -> Tensor:
-        return torch.where(scale >= floor, scale, floor)
+        return torch.fmax(scale, floor)  # the floor where the scale is NaN
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -61,6 +64,10 @@ class _EffectiveScale(torch.autograd.Function):
         scale, floor, grad_factor = ctx.saved_tensors
         scaled = grad * (grad_factor * max(ctx.elements, 1) ** -0.5)
         return torch.where((scale >= floor) | (grad < 0), scaled, 0.0), None, None, None
+
+
+# Every quantizer runs it in every pass, on a few values: the call is what takes time.
+_apply = apply_of(_EffectiveScale)
 
 
 def lsq_scale(mean_abs: Tensor, quant_max: float) -> Tensor:

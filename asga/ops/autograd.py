@@ -42,7 +42,7 @@ def fake_quant_function(quant_min: int, quant_max: int, axis: int | None) -> Cal
                 grads = torch.ops.asga.fake_quant_backward.default(*arguments, *ranges, axis)
             return grads[: len(saved)]
 
-    return _apply_of(FakeQuant)
+    return apply_of(FakeQuant)
 
 
 @cache
@@ -73,15 +73,18 @@ def mixed_fake_quant_function(
                 grads = torch.ops.asga.mixed_fake_quant_backward.default(*arguments, *ranges, axis)
             return grads[: len(saved)]
 
-    return _apply_of(MixedFakeQuant)
+    return apply_of(MixedFakeQuant)
 
 
 # The operators' own formulas would be looked at, at the cost of a sweep over 4,096 values.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
-    """``function.apply`` without the layer in Python that looks for `torch.func`."""
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    """``function.apply`` without the layer in Python that looks for `torch.func` and inspects signatures.
+
+    Not for use under a transform of `torch.func`, or while compiling.
+    """
     return super(torch.autograd.Function, function).apply
 
 
