@@ -6,7 +6,7 @@ from collections.abc import Mapping
 # How fast a multiplier follows the violation, per step, and how much the violation itself weighs, in units of the
 # loss's gradient. Simulated searches of a ResNet-20 and a MobileNet-V2 (120 to 1500 steps, budgets from w6a6 down to
 # 0.6 w3a3, losses of different size and noise) ended within 1.7 % of the budget, three real ones of 234 and 390 steps
-# within 0.4 %. Without these units (0.02 and 2 in those of the loss itself) the same simulations ended up to 17 % beside
+# within 0.4 %. Without these units (0.02 and 2 in those of the loss itself) simulations ended up to 17 % beside
 # it, and real searches up to 14 %.
 _RATE, _GAIN = 0.2, 40.0
 # The target moves from the cost at the start to the budget over this share of the search: the network follows a slow
