@@ -80,13 +80,22 @@ def first_sample(inputs: Inputs) -> Inputs:
     Tensors are cut along dimension 0 where that is as long as in the first tensor; others, such as a mask for all
     samples, stay whole.
     """
-    size = next((len(tensor) for tensor in _tensors(inputs) if tensor.dim() > 0), 0)
+    size = next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim() > 0), 0)
     return _map(lambda tensor: tensor[:1] if tensor.dim() > 0 and len(tensor) == size else tensor, inputs)
 
 
 def all_finite(inputs: Inputs) -> bool:
     """Whether no tensor holds NaN or infinities."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(inputs))
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(inputs))
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors in containers of any depth."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
 
 
 def _map(function: Callable[[Tensor], Tensor], value: object) -> object:
@@ -98,11 +107,3 @@ def _map(function: Callable[[Tensor], Tensor], value: object) -> object:
         items = [_map(function, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)

@@ -12,7 +12,8 @@ import asga
 from asga.convert import find_quantizable
 from asga.policy import LayerPolicy, Policy
 from asga.runs import RunFolder
-from asga.search.costs import policy_costs, profile_layers
+from asga.search.costs import policy_costs
+from asga.search.profiles import profile_layers
 from asga.steps import TrainingError, evaluate
 from asga.transfer import TransferTrainer
 

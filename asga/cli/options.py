@@ -14,6 +14,7 @@ from asga.data import Batches, ImageFiles, ImageTensor, open_dataset
 from asga.models import build_model
 from asga.policy import WeightBits
 from asga.search import Budget
+from asga.search.budget import LIMIT_NAMES
 
 # Up to this side the stems of ImageNet models would leave next to nothing of an image: 32 pixels become 1.
 _SMALL_IMAGE = 64
@@ -156,14 +157,17 @@ def autocast_dtype(options: argparse.Namespace) -> torch.dtype | None:
 
 
 def parse_budget(text: str) -> Budget:
-    """A budget such as ``bitops=w4a4`` or ``bitops=1.2G,size=1.5MB``.
+    """A budget such as ``bitops=w4a4`` or ``bitops=1.2G,size=1.5MB,latency=5ms``.
 
     Raises:
         ValueError: It cannot be read.
     """
     metrics = [part.partition("=")[0].strip() for part in text.split(",")]
-    if len(set(metrics)) < len(metrics) or not {"bitops", "size"}.issuperset(metrics):
-        raise ValueError(f"--budget: {text!r} is not a budget such as bitops=w4a4 or bitops=1.2G,size=1.5MB")
+    if len(set(metrics)) < len(metrics) or not set(LIMIT_NAMES).issuperset(metrics):
+        names = ", ".join(LIMIT_NAMES)
+        raise ValueError(
+            f"--budget: {text!r} is not a budget such as bitops=w4a4 or bitops=1.2G,size=1.5MB; limits are {names}"
+        )
     amounts = [part.partition("=")[2] for part in text.split(",")]
     return Budget(**dict(zip(metrics, amounts, strict=True)))
 

@@ -124,6 +124,10 @@ def _budget(budget: Mapping[str, object]) -> str:
 
 
 def _cost_against(metric: str, cost: int, limit: int) -> str:
-    show = (lambda bits: bytes_(bits / 8)) if metric == "size_bits" else count
+    show = {
+        "size_bits": lambda bits: bytes_(bits / 8),
+        "act_memory_bits": lambda bits: bytes_(bits / 8),
+        "latency_ns": lambda time: f"{count(time / 1e9)}s",
+    }.get(metric, count)
     verdict = "within the budget" if cost <= limit else "over the budget"
     return f"{show(cost)} of {show(limit)} ({percent(cost / limit)}), {verdict}"

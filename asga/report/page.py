@@ -101,7 +101,8 @@ def _cost_shares(shares: Mapping[str, Mapping[str, float]]) -> dict[str, dict[st
     names = {
         "expected": "expected at the end of the search",
         "most_likely": "likeliest candidates of all layers",
-        "policy": "policy, solved within the budget",
+        "likeliest": "likeliest policy within the budget",
+        "policy": "policy: its bits raised while budget was left",
     }
     metrics = list(dict.fromkeys(metric for by_metric in shares.values() for metric in by_metric))
     return {

@@ -20,7 +20,13 @@ Layers = dict[str, dict[str, list]]
 TENSORS = {"weight": "weight", "act": "activation"}
 # What records must have to be shown; others need only say what they are.
 _KEYS = {"epoch": {"stage", "epoch", "epochs", "seconds"}, "probabilities": {"stage", "epoch", "layers"}}
-METRIC_NAMES = {"bitops": "BitOps", "size_bits": "size"}
+METRIC_NAMES = {
+    "bitops": "BitOps",
+    "size_bits": "size",
+    "act_memory_bits": "activation memory",
+    "act_memory": "activation memory",
+    "latency_ns": "latency",
+}
 
 
 @dataclass(frozen=True)

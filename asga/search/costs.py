@@ -1,36 +1,13 @@
-"""What a policy costs: BitOps of one sample and size of the weights, in exact integers."""
+"""What a policy costs: BitOps, size, activation memory and latency, in exact integers."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from asga.policy import FLOAT_BITS, FP4_BLOCK, Policy, WeightBits, bit_width, did_you_mean
+from asga.policy import FLOAT_BITS, FP4_BLOCK, Policy, WeightBits, bit_width
+from asga.search.profiles import LayerProfile
 from asga.search.space import LayerChoices, SpaceChoices
-
-ExampleInputs = Tensor | tuple | list | dict
-
-
-@dataclass(frozen=True)
-class LayerProfile:
-    """What the costs need to know about one layer.
-
-    Args:
-        name: Of the module in the model.
-        kind: ``"Conv2d"`` or ``"Linear"``.
-        macs: Multiply-accumulates of one sample.
-        weight_numel: Elements of the weight.
-        out_channels: Output channels or features: the number of weight scales.
-    """
-
-    name: str
-    kind: str
-    macs: int
-    weight_numel: int
-    out_channels: int
 
 
 @dataclass(frozen=True)
@@ -40,15 +17,24 @@ class Costs:
     Args:
         bitops: Bit operations of one sample, the sum of MACs x weight bits x input bits.
         size_bits: Bits to store the weights of the quantizable layers and all scales.
+        act_memory_bits: Bits of the largest quantized input of a layer, for one sample; None where the sizes of the
+            inputs are not known.
+        latency_ns: Nanoseconds that the quantizable layers take, one after the other; None without a table.
     """
 
     bitops: int
     size_bits: int
+    act_memory_bits: int | None = None
+    latency_ns: int | None = None
 
     @property
     def size_bytes(self) -> int:
         """`size_bits` in whole bytes, rounded up."""
         return -(-self.size_bits // 8)
+
+    def to_dict(self) -> dict[str, int]:
+        """The costs that are known, by metric."""
+        return {metric: cost for metric, cost in asdict(self).items() if cost is not None}
 
 
 def layer_bitops(layer: LayerProfile, weight_bits: WeightBits | None, act_bits: int | None) -> int:
@@ -84,66 +70,76 @@ def _weight_scale_bits(layer: LayerProfile, weight_bits: WeightBits | None) -> i
     return layer.out_channels * FLOAT_BITS
 
 
+def layer_act_memory_bits(layer: LayerProfile, weight_bits: WeightBits | None, act_bits: int | None) -> int:
+    """Bits of a layer's quantized input, for one sample; the activation memory of a policy is the largest of them.
+
+    Layers run one after the other and reuse the memory of those before, so what must fit into a device's fast memory
+    is decided by the largest tensor, not by their sum. A layer's output counts as the input of the layer that reads
+    it. Branches that wait for an addition, and what lies between two layers, are float or of an unknown precision
+    here and not counted: the working memory of a runtime is more than this.
+
+    Source:
+        Uhlich et al., "Mixed Precision DNNs: All you need is a good parametrization" (DQ), ICLR 2020, whose third
+        constraint it is. On microcontrollers a layer's output is held beside its input: Rusci et al., "Memory-Driven
+        Mixed Low Precision Quantization for Enabling Deep Network Inference on Microcontrollers", MLSys 2020.
+    """
+    if layer.in_numel is None:
+        raise ValueError(f"the size of the input of {layer.name!r} is not known")
+    return layer.in_numel * bit_width(act_bits)
+
+
+def layer_latency_ns(layer: LayerProfile, weight_bits: WeightBits | None, act_bits: int | None) -> int:
+    """Nanoseconds of a layer, from its table (`asga.search.latency.LatencyTable`).
+
+    The latency of a policy is their sum: of layers that run one after the other, without what is between them.
+
+    Source:
+        Cai et al., "ProxylessNAS: Direct Neural Architecture Search on Target Task and Hardware", ICLR 2019, section
+        3.3: the latency of a network as the sum of a table's entries.
+    """
+    try:
+        return layer.times[weight_bits, act_bits]
+    except KeyError:
+        raise ValueError(
+            f"the latency table has no time for layer {layer.name!r} with {_shown(weight_bits)} weight bits and "
+            f"{_shown(act_bits)} activation bits"
+        ) from None
+
+
 CostFunction = Callable[[LayerProfile, WeightBits | None, int | None], int]
-METRICS: dict[str, CostFunction] = {"bitops": layer_bitops, "size_bits": layer_size_bits}
 
 
-def profile_layers(model: nn.Module, example_inputs: ExampleInputs, names: Iterable[str]) -> dict[str, LayerProfile]:
-    """Measure layers by running the model once, in eval mode and without gradients.
-
-    MACs come from the shapes met on the way, so strides, dilation, groups and inputs of any rank are counted
-    rightly, and a layer called twice counts twice. Training mode, buffers, hooks and the random state of CPU
-    and CUDA are afterwards what they were, also when the model raises.
+@dataclass(frozen=True)
+class Metric:
+    """How a policy is measured.
 
     Args:
-        model: Its `Conv2d` and `Linear` layers may be plain or those of `asga.nn`, calibrated.
-        example_inputs: A tensor, positional arguments, or a dict of keyword arguments, on the model's device.
-            Dimension 0 of the first tensor is the batch; MACs are divided by its size. The other dimensions
-            decide the MACs: use the resolution that the costs are to be for.
-        names: The layers to measure, such as `SpaceChoices.names`.
-
-    Returns:
-        Profiles in the order of `names`.
-
-    Raises:
-        TypeError: A named module is neither `Conv2d` nor `Linear`, or there is no tensor in `example_inputs`.
-        ValueError: A name is not in the model, a layer was never called, or the batch is empty.
+        cost: Of one layer with given weight and activation bits.
+        peak: The cost of a policy is that of its dearest layer, not the sum over the layers.
+        known: Whether a profile has what `cost` needs.
     """
-    layers = {name: _layer(model, name) for name in names}
-    batch = _batch_size(example_inputs)
-    macs = dict.fromkeys(layers, 0)
 
-    def counter(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        macs_per_output = layers[name].weight[0].numel()
+    cost: CostFunction
+    peak: bool = False
+    known: Callable[[LayerProfile], bool] = lambda layer: True
 
-        def count(module: nn.Module, args: tuple, output: Tensor) -> None:
-            macs[name] += output.numel() * macs_per_output
+    def total(self, costs: Iterable[int]) -> int:
+        """The cost of a policy from those of its layers."""
+        return max(costs, default=0) if self.peak else sum(costs)
 
-        return count
 
-    with _left_as_found(model, example_inputs):
-        handles = [layer.register_forward_hook(counter(name)) for name, layer in layers.items()]
-        try:
-            _call(model.eval(), example_inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-    unused = [name for name in layers if macs[name] == 0]
-    if unused:
-        raise ValueError(
-            f"never called by the model's forward: {', '.join(map(repr, unused))}. Without a call a layer's "
-            f"cost is unknown: give example_inputs that reach it, or take it out of the model"
-        )
-    return {
-        name: LayerProfile(
-            name=name,
-            kind="Conv2d" if isinstance(layer, nn.Conv2d) else "Linear",
-            macs=-(-macs[name] // batch),
-            weight_numel=layer.weight.numel(),
-            out_channels=layer.weight.shape[0],
-        )
-        for name, layer in layers.items()
-    }
+METRICS: dict[str, Metric] = {
+    "bitops": Metric(layer_bitops),
+    "size_bits": Metric(layer_size_bits),
+    "act_memory_bits": Metric(layer_act_memory_bits, peak=True, known=lambda layer: layer.in_numel is not None),
+    "latency_ns": Metric(layer_latency_ns, known=lambda layer: bool(layer.latency_ns)),
+}
+PEAKS = frozenset(name for name, metric in METRICS.items() if metric.peak)
+
+
+def known_metrics(profiles: Mapping[str, LayerProfile]) -> dict[str, Metric]:
+    """The metrics for which all profiles have what is needed."""
+    return {name: metric for name, metric in METRICS.items() if all(map(metric.known, profiles.values()))}
 
 
 def policy_costs(profiles: Mapping[str, LayerProfile], policy: Policy) -> Costs:
@@ -154,43 +150,46 @@ def policy_costs(profiles: Mapping[str, LayerProfile], policy: Policy) -> Costs:
         policy: The bits of each layer.
 
     Raises:
-        ValueError: The two are not about the same layers.
+        ValueError: The two are not about the same layers, or a latency is not in the table.
     """
+    return Costs(**{metric: policy_cost(profiles, policy, metric) for metric in known_metrics(profiles)})
+
+
+def policy_cost(profiles: Mapping[str, LayerProfile], policy: Policy, metric: str) -> int:
+    """The cost of a policy by one metric; see `policy_costs`."""
     policy.check_against(list(profiles))
-    totals = {
-        metric: sum(cost(profiles[name], bits.weight_bits, bits.act_bits) for name, bits in policy.items())
-        for metric, cost in METRICS.items()
-    }
-    return Costs(**totals)
+    cost = METRICS[metric].cost
+    return METRICS[metric].total(cost(profiles[name], b.weight_bits, b.act_bits) for name, b in policy.items())
 
 
 def cost_tables(profiles: Mapping[str, LayerProfile], choices: SpaceChoices) -> dict[str, dict[str, np.ndarray]]:
-    """The cost of every candidate of every layer.
+    """Costs of every candidate pair of every layer.
 
     Args:
-        profiles: Of all of `choices.names`.
-        choices: The candidates.
+        profiles: Of all layers in `choices.names`.
+        choices: The search space applied to the model.
 
     Returns:
-        By metric and layer an int64 matrix ``[len(weight_bits), len(act_bits)]``. An excluded layer has its
-        constant cost as a 1x1 matrix, so sums over the layers are the costs of whole policies.
+        By metric and layer an int64 matrix ``[len(weight_bits), len(act_bits)]``, of the metrics that are known. An
+        excluded layer has its constant cost as a 1x1 matrix, so sums over the layers (the largest entries, for
+        `PEAKS`) are the costs of whole policies.
 
     Raises:
-        ValueError: A layer has no profile, or a total does not fit in 64 bits.
+        ValueError: A layer has no profile, a total does not fit in 64 bits, or a latency is not in the table.
     """
     missing = [name for name in choices.names if name not in profiles]
     if missing:
         raise ValueError(f"profiles lacks layers of the search space: {', '.join(map(repr, missing))}")
     tables = {}
-    for metric, cost in METRICS.items():
+    for name, metric in known_metrics({layer: profiles[layer] for layer in choices.names}).items():
         exact = {
-            name: _table(cost, profiles[name], choices.layers.get(name, LayerChoices((None,), (None,))))
-            for name in choices.names
+            layer: _table(metric.cost, profiles[layer], choices.layers.get(layer, LayerChoices((None,), (None,))))
+            for layer in choices.names
         }
-        largest = sum(max(map(max, table)) for table in exact.values())
+        largest = metric.total(max(map(max, table)) for table in exact.values())
         if largest > np.iinfo(np.int64).max:
-            raise ValueError(f"{metric} of the largest policy is {largest}, more than a 64-bit integer holds")
-        tables[metric] = {name: np.array(table, dtype=np.int64) for name, table in exact.items()}
+            raise ValueError(f"{name} of the largest policy is {largest}, more than a 64-bit integer holds")
+        tables[name] = {layer: np.array(table, dtype=np.int64) for layer, table in exact.items()}
     return tables
 
 
@@ -198,59 +197,5 @@ def _table(cost: CostFunction, layer: LayerProfile, choices: LayerChoices) -> li
     return [[cost(layer, w, a) for a in choices.act_bits] for w in choices.weight_bits]
 
 
-def _layer(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
-    try:
-        layer = model.get_submodule(name)
-    except AttributeError:
-        hint = did_you_mean(name, [n for n, _ in model.named_modules()])
-        raise ValueError(f"the model has no module {name!r}{hint}") from None
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
-        raise TypeError(f"module {name!r} is a {type(layer).__name__}; costs are known for Conv2d and Linear")
-    return layer
-
-
-def _tensors(example_inputs: ExampleInputs) -> list[Tensor]:
-    if isinstance(example_inputs, Tensor):
-        return [example_inputs]
-    values = example_inputs.values() if isinstance(example_inputs, dict) else example_inputs
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _batch_size(example_inputs: ExampleInputs) -> int:
-    tensors = _tensors(example_inputs)
-    if not tensors:
-        raise TypeError(f"example_inputs is {example_inputs!r}; it has no tensor, so no batch size")
-    shape = tuple(tensors[0].shape)
-    if not shape or shape[0] == 0:
-        raise ValueError(f"example_inputs begins with shape {shape}; a batch of at least one is needed")
-    return shape[0]
-
-
-def _call(model: nn.Module, example_inputs: ExampleInputs) -> None:
-    with torch.no_grad():
-        if isinstance(example_inputs, Tensor):
-            model(example_inputs)
-        elif isinstance(example_inputs, dict):
-            model(**example_inputs)
-        else:
-            model(*example_inputs)
-
-
-@contextmanager
-def _left_as_found(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[None]:
-    """Put training mode, buffers and random state back; a forward may replace a buffer or write into it."""
-    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    tensors = [*model.parameters(), *model.buffers(), *_tensors(example_inputs)]
-    cuda_devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
-    with torch.random.fork_rng(devices=sorted(cuda_devices)):
-        try:
-            yield
-        finally:
-            for module, training, buffers in modules:
-                module.training = training
-                module._buffers.clear()
-                module._buffers.update(buffers)
-            with torch.no_grad():
-                for buffer, value in values:
-                    buffer.copy_(value)
+def _shown(bits: WeightBits | None) -> str:
+    return "float" if bits is None else str(bits)

@@ -16,7 +16,8 @@ from asga.optim.batchnorm import restore_running_statistics, save_running_statis
 from asga.optim.guarded import GuardedSGD
 from asga.policy import Policy
 from asga.search.comparison import Score
-from asga.search.costs import LayerProfile, policy_costs
+from asga.search.costs import policy_costs
+from asga.search.profiles import LayerProfile
 from asga.steps import evaluate, measure_batchnorm, training_step
 from asga.training import batches_from, first_batches
 

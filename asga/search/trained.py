@@ -14,13 +14,13 @@ from asga.optim import ASGA
 from asga.optim.batchnorm import restore_running_statistics, save_running_statistics
 from asga.optim.guarded import GuardedSGD
 from asga.recovery import Recovery, halve_steps
-from asga.search.costs import LayerProfile
 from asga.search.dual import DualAscent
 from asga.search.expected import ExpectedCosts
 from asga.search.held_out import split_loader
 from asga.search.methods import SGD, TRAINED
+from asga.search.profiles import LayerProfile
 from asga.search.relaxation import Relaxation
-from asga.search.result import LogProbabilities
+from asga.search.selection import LogProbabilities
 from asga.search.watches import ClassWatch, GradientWatch
 from asga.steps import StepReport, batch_loss, cosine_with_warmup, finite, training_step
 

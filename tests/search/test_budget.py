@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from asga.search.budget import Budget
-from asga.search.costs import LayerProfile, policy_costs
+from asga.search.costs import policy_costs
+from asga.search.profiles import LayerProfile
 from asga.search.space import LayerChoices, SpaceChoices
 
 PROFILES = {
@@ -16,6 +18,13 @@ CHOICES = SpaceChoices(
     {"odd": "excluded by the search space"},
     ("first", "body", "odd"),
 )
+
+
+MEASURED = {
+    "first": replace(PROFILES["first"], in_numel=700, latency_ns=((8, 8, 40),)),
+    "body": replace(PROFILES["body"], in_numel=300, latency_ns=((2, 8, 30), (8, 8, 50))),
+    "odd": replace(PROFILES["odd"], in_numel=20, latency_ns=((None, None, 1),)),
+}
 
 
 def limits(**budget: object) -> dict[str, int]:
@@ -76,8 +85,51 @@ def test_scaled_words_are_exact_and_rounded_down():
     assert limits(size="1.25*w2")["size_bits"] == limits(size="w2")["size_bits"] * 5 // 4
 
 
-def test_both_limits_bind():
-    assert limits(bitops="1k", size=3) == {"bitops": 1000, "size_bits": 24}
+@pytest.mark.parametrize(
+    ("latency", "expected_ns"),
+    [
+        (0.005, 5_000_000),
+        (0.009, 9_000_000),  # the nearest binary number is less
+        (1, 10**9),
+        ("5ms", 5_000_000),
+        ("1.5 us", 1500),
+        ("1.5µs", 1500),
+        ("12ns", 12),
+        ("0.25s", 250_000_000),
+        ("0.001", 1_000_000),
+        ("1.9ns", 1),
+    ],
+)
+def test_latency_in_numbers_is_seconds(latency, expected_ns):
+    assert Budget(latency=latency).limits(MEASURED, CHOICES) == {"latency_ns": expected_ns}
+
+
+def test_words_for_activation_memory_and_latency():
+    # Inputs of 700, 300 and 20 values: first pinned to 8 bits, body a, odd float.
+    for word in ("a4", "w2a4"):
+        assert Budget(act_memory=word).limits(MEASURED, CHOICES) == {"act_memory_bits": 700 * 8}
+    assert Budget(act_memory="0.5*a4").limits(MEASURED, CHOICES) == {"act_memory_bits": 2800}
+    assert Budget(latency="w2a8").limits(MEASURED, CHOICES) == {"latency_ns": 40 + 30 + 1}
+    with pytest.raises(ValueError, match="no time for layer 'body' with 4 weight bits and 4 activation bits"):
+        Budget(latency="w4a4").limits(MEASURED, CHOICES)
+
+
+def test_all_limits_bind():
+    budget = Budget(bitops="1k", size=3, act_memory="2B", latency="3ns")
+    assert budget.limits(MEASURED, CHOICES) == {
+        "bitops": 1000,
+        "size_bits": 24,
+        "act_memory_bits": 16,
+        "latency_ns": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("limit", "needs"), [({"latency": "w8a8"}, "latency needs a latency table"), ({"act_memory": 1}, "sizes of inputs")]
+)
+def test_limits_on_what_is_not_known(limit, needs):
+    with pytest.raises(ValueError, match=f"{needs}.*'first'"):
+        limits(**limit)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +138,7 @@ def test_both_limits_bind():
         (Budget(bitops="w4a4"), "bitops <= w4a4"),
         (Budget(bitops=10**6, size="1.5MB"), "bitops <= 1000000 BitOps, size <= 1.5MB"),
         (Budget(size=1000), "size <= 1000 bytes"),
+        (Budget(act_memory="64kB", latency=0.005), "act_memory <= 64kB, latency <= 0.005 s"),
     ],
 )
 def test_text_and_json(budget, text):
@@ -103,6 +156,11 @@ def test_text_and_json(budget, text):
         ({"bitops": "1.5MB"}, "bitops is '1.5MB'; a number is needed"),
         ({"bitops": "350m"}, "bitops is '350m'; a number is needed"),
         ({"size": "1.5M"}, "size is '1.5M'; a number is needed, or text such as '1.5MB'"),
+        ({"act_memory": "w4"}, "act_memory is 'w4'; a number is needed, or text such as '64kB'"),
+        ({"latency": "w4"}, "latency is 'w4'; a number is needed, or text such as '5ms'"),
+        ({"latency": "5Ms"}, "latency is '5Ms'; a number is needed"),
+        ({"latency": "0ms"}, "latency is '0ms'; a limit above zero"),
+        ({"bitops": "0.9*"}, "bitops is '0.9[*]'; a number is needed"),
         ({"bitops": "a lot"}, "bitops is 'a lot'; a number is needed"),
         ({"bitops": "-5"}, "bitops is '-5'; a number is needed"),
         ({"bitops": 0}, "bitops is 0; a limit above zero"),

@@ -1,170 +1,26 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from asga.convert import prepare, quantize
 from asga.nn import FloatWeightQuantizer
-from asga.nn.calibration import calibrate
 from asga.policy import LayerPolicy, Policy
-from asga.search.costs import (
-    Costs,
-    LayerProfile,
-    cost_tables,
-    layer_size_bits,
-    policy_costs,
-    profile_layers,
-)
-from asga.search.space import LayerChoices, SearchSpace, SpaceChoices
-
-# Input 3 x 12 x 12. Name, layer, MACs by hand: output positions x output channels x (inputs of one output).
-BY_HAND = [
-    ("plain", nn.Conv2d(3, 8, 3, padding=1), 12 * 12 * 8 * (3 * 9)),
-    ("strided", nn.Conv2d(8, 12, 3, stride=2, padding=1), 6 * 6 * 12 * (8 * 9)),
-    ("grouped", nn.Conv2d(12, 8, (3, 1), groups=4), 4 * 6 * 8 * (3 * 3)),
-    ("depthwise", nn.Conv2d(8, 16, 3, groups=8, padding=1, bias=False), 4 * 6 * 16 * (1 * 9)),
-    ("dilated", nn.Conv2d(16, 4, 2, dilation=3), 1 * 3 * 4 * (16 * 4)),
-    ("flatten", nn.Flatten(), None),
-    ("head", nn.Linear(12, 5), 12 * 5),
-]
-QUANTIZABLE = [name for name, _, macs in BY_HAND if macs is not None]
-
-
-def net_by_hand() -> nn.Sequential:
-    net = nn.Sequential()
-    for name, layer, _ in BY_HAND:
-        net.add_module(name, layer)
-    return net
-
-
-class TestProfile:
-    @pytest.mark.parametrize("batch", [1, 3])
-    def test_macs_by_hand(self, batch):
-        profiles = profile_layers(net_by_hand(), torch.randn(batch, 3, 12, 12), QUANTIZABLE)
-        assert [p.macs for p in profiles.values()] == [m for _, _, m in BY_HAND if m is not None]
-        assert profiles["depthwise"] == LayerProfile("depthwise", "Conv2d", 3456, 16 * 9, 16)
-        assert profiles["head"] == LayerProfile("head", "Linear", 60, 60, 5)
-
-    def test_order_is_that_of_the_names(self):
-        names = QUANTIZABLE[::-1]
-        assert list(profile_layers(net_by_hand(), torch.randn(1, 3, 12, 12), names)) == names
-
-    def test_linear_on_sequences_and_on_flattened_tokens(self):
-        class Tokens(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.keep, self.flat = nn.Linear(4, 6), nn.Linear(6, 2)
-
-            def forward(self, x):
-                return self.flat(self.keep(x).reshape(-1, 6))
-
-        profiles = profile_layers(Tokens(), torch.randn(2, 7, 4), ["keep", "flat"])
-        assert profiles["keep"].macs == 7 * 4 * 6
-        assert profiles["flat"].macs == 7 * 6 * 2
-
-    def test_module_used_twice_adds_up(self):
-        layer = nn.Linear(4, 4)
-        profiles = profile_layers(nn.Sequential(layer, nn.ReLU(), layer), torch.randn(2, 4), ["0"])
-        assert profiles["0"].macs == 2 * 16
-        assert profiles["0"].weight_numel == 16
-
-    @pytest.mark.parametrize("kind", ["positional", "keyword"])
-    def test_several_inputs(self, kind):
-        class Sum(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.fc = nn.Linear(3, 2)
-
-            def forward(self, x, y, scale):
-                return self.fc(x + y) * scale
-
-        x, y = torch.randn(4, 3), torch.randn(4, 3)
-        inputs = (x, y, 0.5) if kind == "positional" else {"scale": 0.5, "y": y, "x": x}
-        assert profile_layers(Sum(), inputs, ["fc"])["fc"].macs == 6
-
-    def test_converted_models_cost_the_same(self):
-        net, space = net_by_hand(), SearchSpace(weight_bits=(2, 4), act_bits=(3, 8))
-        x = torch.randn(2, 3, 12, 12)
-        expected = profile_layers(net, x, QUANTIZABLE)
-        choices = space.choices(net)
-        for converted in (prepare(net, space), quantize(net, choices.uniform(4, 4))):
-            calibrate(converted, [x])
-            assert profile_layers(converted, x, choices.names) == expected
-
-    def test_layer_that_is_never_called(self):
-        net = nn.Sequential(nn.Linear(2, 2))
-        net[0].spare = nn.Linear(2, 2)
-        with pytest.raises(ValueError, match=r"never called by the model's forward: '0\.spare'"):
-            profile_layers(net, torch.randn(1, 2), ["0", "0.spare"])
-
-    def test_names_and_inputs_are_checked(self):
-        net = net_by_hand()
-        x = torch.randn(1, 3, 12, 12)
-        with pytest.raises(ValueError, match="no module 'heda'; did you mean 'head'"):
-            profile_layers(net, x, ["heda"])
-        with pytest.raises(TypeError, match="module 'flatten' is a Flatten"):
-            profile_layers(net, x, ["flatten"])
-        with pytest.raises(ValueError, match=r"shape \(0, 3, 12, 12\); a batch of at least one"):
-            profile_layers(net, x[:0], ["head"])
-        with pytest.raises(TypeError, match="no tensor"):
-            profile_layers(net, {"size": 3}, ["head"])
-
-
-class Restless(nn.Module):
-    """Changes its buffers, one in place and one by assignment, and draws random numbers, in eval mode too."""
-
-    def __init__(self, fail: bool):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("last", torch.zeros(2))
-        self.register_buffer("cache", None)
-        self.fail = fail
-
-    def forward(self, x):
-        self.calls.add_(1)
-        self.last = torch.rand(2)
-        self.cache = x
-        y = self.body.train()(x)
-        if self.fail:
-            raise RuntimeError("out of memory")
-        return y
-
-
-class TestProfileLeavesTheModelAlone:
-    @pytest.mark.parametrize("fail", [False, True], ids=["returns", "raises"])
-    def test_everything_is_as_before(self, fail):
-        torch.manual_seed(0)
-        model = Restless(fail)
-        model.body[1].eval()
-        calls = []
-        model.body[0].register_forward_hook(lambda *args: calls.append(1))
-        state = {name: value.clone() for name, value in model.state_dict().items()}
-        buffers, training = dict(model.named_buffers()), [m.training for m in model.modules()]
-        random_state = torch.get_rng_state()
-
-        if fail:
-            with pytest.raises(RuntimeError, match="out of memory"):
-                profile_layers(model, torch.ones(2, 3, 5, 5), ["body.0"])
-        else:
-            profile_layers(model, torch.ones(2, 3, 5, 5), ["body.0"])
-
-        assert len(calls) == 1
-        assert [m.training for m in model.modules()] == training
-        assert model.state_dict().keys() == state.keys()
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-        assert all(value is buffers[name] for name, value in model.named_buffers())
-        assert model.cache is None
-        assert torch.equal(torch.get_rng_state(), random_state)
-        assert len(model.body[0]._forward_hooks) == 1
-        assert all(p.grad is None and p.requires_grad for p in model.parameters())
-        assert torch.is_grad_enabled()
-
+from asga.search.costs import Costs, cost_tables, known_metrics, layer_size_bits, policy_costs
+from asga.search.profiles import LayerProfile
+from asga.search.space import LayerChoices, SpaceChoices
 
 PROFILES = {
     "a": LayerProfile("a", "Conv2d", macs=1000, weight_numel=90, out_channels=5),
     "b": LayerProfile("b", "Conv2d", macs=300, weight_numel=40, out_channels=4),
     "c": LayerProfile("c", "Linear", macs=20, weight_numel=20, out_channels=2),
+}
+
+
+TIMED = {
+    "a": replace(PROFILES["a"], latency_ns=((4, 8, 500), (8, 8, 900))),
+    "b": replace(PROFILES["b"], latency_ns=((8, 8, 70),)),
+    "c": replace(PROFILES["c"], latency_ns=((None, None, 3),)),
 }
 
 
@@ -208,6 +64,32 @@ class TestCosts:
             scales = FloatWeightQuantizer(weight, bits).scale.numel()
             assert layer_size_bits(layer, bits, None) == weight.numel() * int(bits[2]) + scales * per_scale + more
 
+    @pytest.mark.parametrize(
+        ("act_bits", "peak"), [((4, 4, 4), 600 * 4), ((2, 8, 4), 200 * 8), ((2, 2, None), 50 * 32)], ids=str
+    )
+    def test_activation_memory_is_the_largest_input(self, act_bits, peak):
+        sizes = dict(zip("abc", (600, 200, 50), strict=True))
+        profiles = {name: replace(PROFILES[name], in_numel=numel) for name, numel in sizes.items()}
+        policy = Policy({name: LayerPolicy(8, bits) for name, bits in zip("abc", act_bits, strict=True)})
+        assert policy_costs(profiles, policy).act_memory_bits == peak
+
+    def test_latency_is_the_sum_of_the_table(self):
+        policy = Policy({"a": LayerPolicy(4, 8), "b": LayerPolicy(8, 8), "c": LayerPolicy(None, None)})
+        costs = policy_costs(TIMED, policy)
+        assert costs.latency_ns == 500 + 70 + 3
+        assert costs.to_dict().keys() == {"bitops", "size_bits", "latency_ns"}
+        with pytest.raises(ValueError, match="no time for layer 'b' with 5 weight bits and float activation bits"):
+            policy_costs(TIMED, Policy({**policy, "b": LayerPolicy(5, None)}))
+
+    def test_what_no_profile_or_not_every_profile_knows_is_no_metric(self):
+        assert set(known_metrics(PROFILES)) == {"bitops", "size_bits"}
+        assert "latency_ns" in known_metrics(TIMED)
+        assert "latency_ns" not in known_metrics({**TIMED, "a": PROFILES["a"]})
+        assert policy_costs(PROFILES, Policy(dict.fromkeys("abc", LayerPolicy(2, 2)))).to_dict().keys() == {
+            "bitops",
+            "size_bits",
+        }
+
     def test_policy_and_profiles_must_be_about_the_same_layers(self):
         with pytest.raises(ValueError, match="does not mention: 'c'"):
             policy_costs(PROFILES, Policy({"a": LayerPolicy(2, 2), "b": LayerPolicy(2, 2)}))
@@ -243,11 +125,3 @@ class TestTables:
     def test_missing_profile(self):
         with pytest.raises(ValueError, match="profiles lacks layers of the search space: 'c'"):
             cost_tables({"a": PROFILES["a"], "b": PROFILES["b"]}, self.CHOICES)
-
-    def test_from_a_model(self):
-        net = net_by_hand()
-        choices = SearchSpace(exclude=("grouped",)).choices(net)
-        profiles = profile_layers(net, torch.randn(2, 3, 12, 12), choices.names)
-        tables = cost_tables(profiles, choices)
-        assert tables["bitops"]["grouped"].tolist() == [[4 * 6 * 8 * 9 * 1024]]
-        assert tables["bitops"]["plain"].tolist() == [[12 * 12 * 8 * 27 * 64]]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from asga.policy import LayerPolicy, Policy
-from asga.search.costs import LayerProfile, policy_costs
+from asga.search.costs import policy_costs
 from asga.search.diagnosis import (
     Starved,
     by_candidate,
@@ -15,6 +15,7 @@ from asga.search.diagnosis import (
     total_increase,
 )
 from asga.search.probe import LossIncrease
+from asga.search.profiles import LayerProfile
 from asga.search.solver import InfeasibleBudgetError
 from asga.search.space import LayerChoices, SpaceChoices
 

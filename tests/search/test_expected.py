@@ -6,8 +6,9 @@ import torch
 from asga import Budget, SearchSpace, prepare
 from asga.nn import MixedActQuantizer, MixedWeightQuantizer, QuantizedLayer
 from asga.policy import LayerPolicy, Policy
-from asga.search.costs import policy_costs, profile_layers
+from asga.search.costs import policy_costs
 from asga.search.expected import ExpectedCosts
+from asga.search.profiles import profile_layers
 from asga.search.relaxation import Relaxation
 
 
@@ -59,6 +60,22 @@ def test_is_the_mean_over_all_policies(setting):
         for metric, limit in limits.items():
             totals[metric] += probability * getattr(costs, metric) / limit
     assert {metric: cost.item() for metric, cost in expected.items()} == pytest.approx(totals, rel=1e-5)
+
+
+def test_a_peak_is_the_largest_expectation_of_a_layer(tiny_net):
+    model = tiny_net()
+    choices = SearchSpace().choices(model)
+    profiles = profile_layers(model, torch.zeros(1, 1, 8, 8), choices.names)
+    mixed = prepare(model, choices)
+    limits = Budget(act_memory="a4", bitops="w4a4").limits(profiles, choices)
+    relaxation = Relaxation(mixed)
+    expected = ExpectedCosts(quantized_layers(mixed), profiles, choices, limits)(relaxation.probs())
+    # Uniform probabilities over 2, 3, 4, 6 and 8 bits are 4.6 bits; conv2 reads 4 x 8 x 8 values, conv3 8 x 4 x 4, and
+    # the first layer 64 of 8 bits.
+    assert expected["act_memory_bits"].item() == pytest.approx(4.6 * 4 * 8 * 8 / limits["act_memory_bits"])
+    expected["act_memory_bits"].backward()
+    assert mixed.conv2.act_quantizer.logits.grad.any()
+    assert not mixed.conv3.act_quantizer.logits.grad.any()
 
 
 def test_every_choice_has_a_gradient(setting):
