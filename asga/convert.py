@@ -14,7 +14,8 @@ from asga.policy import Policy, WeightBits
 from asga.targets import check_target, find_target
 
 if TYPE_CHECKING:
-    from asga.search.space import SearchSpace
+    from asga.search.groups import Group
+    from asga.search.space import SearchSpace, SpaceChoices
 
 __all__ = ["LayerSummary", "check_policy", "find_quantizable", "prepare", "quantization_summary", "quantize"]
 
@@ -38,15 +39,18 @@ class LayerSummary:
     reason: str
 
 
-def prepare(model: nn.Module, space: "SearchSpace", *, inplace: bool = False, init: str = "mse") -> nn.Module:
+def prepare(
+    model: nn.Module, space: "SearchSpace | SpaceChoices", *, inplace: bool = False, init: str = "mse"
+) -> nn.Module:
     """Make the layers of `model` searchable.
 
     Searched layers become mixtures over their candidates, pinned ones get their fixed bits, excluded ones
-    stay float. Activation scales are not set yet: see `asga.nn.calibrate`.
+    stay float. Layers that share bits share a logits parameter, and so their probabilities. Activation scales are not
+    set yet: see `asga.nn.calibrate`.
 
     Args:
         model: A float model; out of `torch.compile` and `DataParallel` it is taken first.
-        space: The candidates of each layer.
+        space: The candidates of each layer: a space, or what `SearchSpace.choices` made of it for this model.
         inplace: Replace layers in `model` itself, keeping its `Parameter` objects, instead of in a deep copy.
         init: Initial scales: "mse" (least squared error) or "lsq".
 
@@ -60,12 +64,16 @@ def prepare(model: nn.Module, space: "SearchSpace", *, inplace: bool = False, in
     """
     model = unwrapped(model)
     _check_float(model)
-    layers = space.choices(model).layers
+    choices = space.choices(model) if hasattr(space, "choices") else space
+    layers = choices.layers
     pinned = {name: (c.weight_bits[0], c.act_bits[0]) for name, c in layers.items() if c.pinned}
     searched = {
         name: (_candidates(c.weight_bits), _candidates(c.act_bits)) for name, c in layers.items() if not c.pinned
     }
-    return _convert(model, pinned, searched, space.target, inplace, init)
+    converted = _convert(model, pinned, searched, choices.target, inplace, init)
+    for group in choices.groups:
+        _share_logits(converted, group)
+    return converted
 
 
 def quantize(
@@ -154,6 +162,13 @@ def _check_float(model: nn.Module) -> None:
 def _candidates(bits: tuple[int | None, ...]) -> tuple[int, ...] | None:
     """The search space writes a tensor that stays float as ``(None,)``."""
     return None if bits == (None,) else bits
+
+
+def _share_logits(model: nn.Module, group: "Group") -> None:
+    for side in group.sides:
+        first, *others = (getattr(model.get_submodule(name), f"{side}_quantizer") for name in group.layers)
+        for quantizer in others:
+            quantizer.logits = first.logits
 
 
 def _convert(

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from asga.convert import LayerSummary, check_policy, prepare, quantization_summary, quantize
-from asga.nn import MixedConv2d, MixedLinear, QuantConv2d, QuantizedLayer, QuantLinear, calibrate
+from asga.nn import MixedConv2d, MixedLinear, QuantConv2d, QuantizedLayer, QuantLinear, calibrate, logits
 from asga.policy import LayerPolicy, Policy
+from asga.search.groups import SIDES, Group
 from asga.search.space import SearchSpace
 
 
@@ -220,6 +221,32 @@ class TestPrepare:
     def test_linear_layers_are_searched(self, model):
         converted = prepare(model, SearchSpace(first_last=None))
         assert type(converted.head) is MixedLinear
+
+    def test_a_space_that_was_applied_already(self, model):
+        converted = prepare(model, self.SPACE.choices(model))
+        assert converted.block[0].act_bits == (2, 4, 8)
+        assert type(converted.first) is nn.Linear
+
+    def test_groups_share_their_logits(self, model, images):
+        space = SearchSpace(first_last=None, groups=[Group(["stem", "block.0"], "act"), ["first", "second"]])
+        converted = prepare(model, space)
+        layers = {name: converted.get_submodule(name) for name in NAMES}
+        of = {
+            (name, side): getattr(layer, f"{side}_quantizer").logits for name, layer in layers.items() for side in SIDES
+        }
+        assert of["stem", "act"] is of["block.0", "act"]
+        assert of["first", "act"] is of["second", "act"]
+        assert of["first", "weight"] is of["second", "weight"]
+        assert len(set(of.values())) == len(logits(converted)) == 2 * len(NAMES) - 3
+        # The gradient is that of all layers, and copies and state dicts keep what is shared.
+        calibrate(converted, [images])
+        converted(images).square().sum().backward()
+        copied = copy.deepcopy(converted)
+        assert copied.stem.act_quantizer.logits is copied.block[0].act_quantizer.logits
+        with torch.no_grad():
+            of["stem", "act"].copy_(torch.arange(5.0))
+        copied.load_state_dict(converted.state_dict())
+        assert torch.equal(copied.block[0].act_quantizer.logits, torch.arange(5.0))
 
     def test_forward_and_backward(self, model, images):
         converted = prepare(model, self.SPACE)

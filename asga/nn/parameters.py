@@ -39,5 +39,9 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, lr: float | None 
 
 
 def logits(model: nn.Module) -> list[nn.Parameter]:
-    """The logits of a model's mixtures, in registration order; each layer has those of its weight first."""
-    return [m.logits for m in model.modules() if isinstance(m, MixedWeightQuantizer | MixedActQuantizer)]
+    """The logits of a model's mixtures, in registration order; each layer has those of its weight first.
+
+    Mixtures that share their logits give them once.
+    """
+    mixtures = (m for m in model.modules() if isinstance(m, MixedWeightQuantizer | MixedActQuantizer))
+    return list(dict.fromkeys(mixture.logits for mixture in mixtures))

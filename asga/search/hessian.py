@@ -10,13 +10,13 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from asga.search.probe import Batches, LossIncrease, Probe, Quantize, layer_input, loss_increases, zeros
-from asga.search.space import SearchSpace
+from asga.search.space import SearchSpace, SpaceChoices
 from asga.steps import LossFunction, batch_loss
 
 
 def hessian_sensitivity(
     model: nn.Module,
-    space: SearchSpace,
+    space: SearchSpace | SpaceChoices,
     batches: Batches,
     *,
     loss_fn: LossFunction = functional.cross_entropy,
@@ -33,7 +33,7 @@ def hessian_sensitivity(
 
     Args:
         model: The float model, trained. It is copied, not changed. All its operations need second derivatives.
-        space: The candidates.
+        space: The candidates: a space, or what `SearchSpace.choices` made of it for this model.
         batches: Pairs of inputs, of any form that `asga.evaluate` takes, and labels. They also set the scales of the
             activations.
         loss_fn: The mean loss over a batch of logits and labels.

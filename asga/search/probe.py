@@ -12,7 +12,7 @@ from torch.nn import functional
 from asga._batches import Inputs
 from asga.convert import prepare
 from asga.nn import MixedActQuantizer, MixedWeightQuantizer, QuantizedLayer, calibrate
-from asga.search.space import SearchSpace
+from asga.search.space import SearchSpace, SpaceChoices
 
 Batches = Sequence[tuple[Inputs, Tensor]]
 Quantize = Callable[[Tensor], Tensor]
@@ -31,7 +31,7 @@ class Probe:
 
     Args:
         model: The float model; left as it is.
-        space: The candidates.
+        space: The candidates: a space, or what `SearchSpace.choices` made of it for this model.
         batches: Pairs of inputs and labels, which set the scales of the activations.
 
     Attributes:
@@ -39,7 +39,7 @@ class Probe:
         layers: By name, in the order of the space, pinned layers included.
     """
 
-    def __init__(self, model: nn.Module, space: SearchSpace, batches: Batches) -> None:
+    def __init__(self, model: nn.Module, space: SearchSpace | SpaceChoices, batches: Batches) -> None:
         mixed = prepare(model, space).eval()
         calibrate(mixed, batches)
         self.model = copy.deepcopy(model).eval().requires_grad_(False)

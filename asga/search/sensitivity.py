@@ -17,13 +17,13 @@ from asga.search.probe import (
     loss_increases,
     zeros,
 )
-from asga.search.space import SearchSpace
+from asga.search.space import SearchSpace, SpaceChoices
 from asga.steps import LossFunction, batch_loss, evaluate
 
 
 def gradient_sensitivity(
     model: nn.Module,
-    space: SearchSpace,
+    space: SearchSpace | SpaceChoices,
     batches: Batches,
     *,
     loss_fn: LossFunction = functional.cross_entropy,
@@ -38,7 +38,7 @@ def gradient_sensitivity(
 
     Args:
         model: The float model, trained. It is copied, not changed.
-        space: The candidates.
+        space: The candidates: a space, or what `SearchSpace.choices` made of it for this model.
         batches: Pairs of inputs, of any form that `asga.evaluate` takes, and labels. They also set the scales of the
             activations.
         loss_fn: The mean loss over a batch of logits and labels.
@@ -95,7 +95,7 @@ def gradient_sensitivity(
 
 def measured_sensitivity(
     model: nn.Module,
-    space: SearchSpace,
+    space: SearchSpace | SpaceChoices,
     batches: Batches,
     *,
     loss_fn: LossFunction = functional.cross_entropy,
@@ -108,7 +108,7 @@ def measured_sensitivity(
 
     Args:
         model: The float model, trained. It is copied, not changed.
-        space: The candidates.
+        space: The candidates: a space, or what `SearchSpace.choices` made of it for this model.
         batches: Pairs of inputs, of any form that `asga.evaluate` takes, and labels. They also set the scales of the
             activations.
         loss_fn: The mean loss over a batch of logits and labels.

@@ -9,6 +9,8 @@ from torch import nn
 from asga.nn.quantizable import find_quantizable, unwrapped
 from asga.ops.functional import MAX_CANDIDATES
 from asga.policy import LayerPolicy, Policy, WeightBits, bit_width, check_bits, check_weight_bits, did_you_mean
+from asga.search.groups import RULES, SIDES, Group, find_groups, joined
+from asga.search.profiles import ExampleInputs
 from asga.targets import check_target, find_target
 
 Pin = int | tuple[WeightBits, int | None]
@@ -37,11 +39,15 @@ class SpaceChoices:
         skipped: Why other layers with a weight stay float, by name; the excluded ones are among them.
         names: All layers that could be quantized, in the order the model registers them: those in `layers`
             and the excluded ones. Costs and policies are about these.
+        groups: Searched layers that share bits, each named exactly; no layer is in two groups that share the same.
+        target: Where the model will run.
     """
 
     layers: dict[str, LayerChoices]
     skipped: dict[str, str]
     names: tuple[str, ...]
+    groups: tuple[Group, ...] = ()
+    target: str = "any"
 
     @property
     def excluded(self) -> tuple[str, ...]:
@@ -119,11 +125,15 @@ class SearchSpace:
             space is applied to a model. ``"any"`` restricts nothing.
         formats: In place of `weight_bits`, and of `act_bits` unless that is given too: the candidates by name,
             ``"int2"`` to ``"int8"`` for weights and inputs, ``"fp4"`` and ``"fp8"`` for weights.
+        groups: Layers that must share bits. Each entry is a rule, ``"residual"``, ``"qkv"`` or ``"depthwise"`` (see
+            `asga.search.groups.find_groups`), or the layers themselves: a `Group` with names or patterns and what they
+            share, or a sequence of names or patterns that share weight and activation bits. Groups that overlap are
+            joined. Pinned and excluded layers are left out: they have nothing to share.
 
     Raises:
-        TypeError: A bit-width is neither an integer nor a name, or `exclude` not a sequence of strings.
-        ValueError: A bit-width is outside 2..8 or given twice, a format or a target unknown, or there are no or too
-            many candidates.
+        TypeError: A bit-width is neither an integer nor a name, or `exclude` or a group not a sequence of strings.
+        ValueError: A bit-width is outside 2..8 or given twice, a format, a target or a rule unknown, or there are no or
+            too many candidates.
     """
 
     weight_bits: Sequence[WeightBits] = _DEFAULT_BITS
@@ -133,6 +143,7 @@ class SearchSpace:
     exclude: Sequence[str] = ()
     target: str = "any"
     formats: InitVar[Sequence[str] | None] = None
+    groups: Sequence[str | Group | Sequence[str]] = ()
 
     def __post_init__(self, formats: Sequence[str] | None) -> None:
         weight_bits, act_bits = self.weight_bits, self.act_bits
@@ -160,19 +171,28 @@ class SearchSpace:
         object.__setattr__(self, "first_last", first_last)
         object.__setattr__(self, "pinned", pinned)
         object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "groups", _groups(self.groups))
 
-    def choices(self, model: nn.Module) -> SpaceChoices:
+    @property
+    def runs_the_model(self) -> bool:
+        """Whether `choices` needs `example_inputs`: a rule finds its groups by running the model."""
+        return any(isinstance(group, str) for group in self.groups)
+
+    def choices(self, model: nn.Module, example_inputs: ExampleInputs | None = None) -> SpaceChoices:
         """Apply the space to a model.
 
         Args:
-            model: Any module; it is only looked at.
+            model: Any module; it is looked at, and run once if there are rules in `groups`, but not changed.
+            example_inputs: What to run it with: a tensor, positional arguments, or a dict of keyword arguments. Any
+                resolution will do.
 
         Returns:
-            The candidates of every quantizable layer, and why other layers stay float.
+            The candidates of every quantizable layer, why other layers stay float, and the groups.
 
         Raises:
             ValueError: A pattern matches no quantizable layer, no layer is left to search, the target cannot run what
-                could be chosen, or the model is in parts compiled.
+                could be chosen, the model is in parts compiled, a group named by hand has not two searched layers, or
+                `example_inputs` is needed.
         """
         quantizable, skipped = find_quantizable(unwrapped(model))
         names = list(quantizable)
@@ -202,7 +222,42 @@ class SearchSpace:
             )
         check_target(self.target, quantizable, {n: (c.weight_bits, c.act_bits) for n, c in layers.items()})
         reasons = dict.fromkeys(excluded, "excluded by the search space")
-        return SpaceChoices(layers, skipped | reasons, tuple(names))
+        groups = self._find_groups(model, example_inputs, names, layers, skipped | reasons)
+        return SpaceChoices(layers, skipped | reasons, tuple(names), groups, self.target)
+
+    def _find_groups(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs | None,
+        names: Sequence[str],
+        layers: Mapping[str, LayerChoices],
+        skipped: Mapping[str, str],
+    ) -> tuple[Group, ...]:
+        """The groups with exact names, only of searched layers; overlapping ones joined, in the order of the layers."""
+        if self.runs_the_model and example_inputs is None:
+            rules = ", ".join(group for group in self.groups if isinstance(group, str))
+            raise ValueError(f"groups has rules ({rules}), which need example_inputs to run the model with")
+        searched = [name for name, choices in layers.items() if not choices.pinned]
+        found = []
+        for k, group in enumerate(self.groups):
+            if isinstance(group, str):
+                # All layers are followed, so that none is looked through.
+                found += find_groups(model, example_inputs, names, group)
+                continue
+            argument = f"groups[{k}]"
+            members = {name for p in group.layers for name in _matches(argument, p, names, skipped)}
+            if len(members.intersection(searched)) < 2:
+                raise ValueError(f"{argument} is {group}; at least two layers that are searched are needed")
+            found.append(Group(tuple(members), group.share))
+        shared: dict[str, set[tuple[str, ...]]] = {}
+        for side, bits in zip(SIDES, (self.weight_bits, self.act_bits), strict=True):
+            chosen = [group for group in found if side in group.sides and bits is not None]
+            members = [set(group.layers).intersection(searched) for group in chosen]
+            shared[side] = {tuple(sorted(g, key=searched.index)) for g in joined(members) if len(g) > 1}
+        both = shared["weight"] & shared["act"]
+        groups = [Group(names, side) for side in SIDES for names in shared[side] - both]
+        groups += [Group(names) for names in both]
+        return tuple(sorted(groups, key=lambda group: (searched.index(group.layers[0]), group.share)))
 
 
 def _candidates(
@@ -225,6 +280,24 @@ def _pair(name: str, pin: Pin) -> tuple[WeightBits, int | None]:
     if isinstance(pin, int):
         return check_bits(name, pin), pin
     raise TypeError(f"{name} is {pin!r}; an integer or a pair (weight_bits, act_bits) is needed")
+
+
+def _groups(groups: Sequence[str | Group | Sequence[str]]) -> tuple[str | Group, ...]:
+    if isinstance(groups, str):
+        raise TypeError(f"groups is {groups!r}; a sequence of rules or groups is needed, such as ({groups!r},)")
+    checked = []
+    for group in groups:
+        if isinstance(group, str):
+            if group not in RULES:
+                raise ValueError(
+                    f"groups has {group!r}, which is no rule; rules are {', '.join(RULES)}, others a Group or layers"
+                )
+        elif isinstance(group, Mapping):  # as `dataclasses.asdict` and JSON have it
+            group = Group(**group)
+        elif not isinstance(group, Group):
+            group = Group(group)
+        checked.append(group)
+    return tuple(checked)
 
 
 def _matches(argument: str, pattern: str, names: Sequence[str], skipped: Mapping[str, str]) -> list[str]:

@@ -2,9 +2,11 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
 from torch import nn
 
 from asga.policy import LayerPolicy
+from asga.search.groups import Group
 from asga.search.space import LayerChoices, SearchSpace, SpaceChoices
 
 
@@ -194,6 +196,82 @@ class TestChoices:
 
     def test_model_that_is_a_layer(self):
         assert space(first_last=None).choices(nn.Linear(2, 2)).layers == {"": SEARCHED}
+
+
+class Branches(nn.Module):
+    """Two linear layers that read the stem's output, whose results are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.relu(self.body(self.left(x) + self.right(x) + x)))
+
+
+class TestGroups:
+    def test_by_hand(self):
+        found = space(groups=[["a.*"], Group(["b.0", "a.0"], "act"), {"layers": ["b.2", "b.0"], "share": "weight"}])
+        assert found.choices(small_net()).groups == (
+            Group(("a.0", "a.2", "b.0"), "act"),  # joined: a.0 is in both
+            Group(("a.0", "a.2"), "weight"),
+            Group(("b.0", "b.2"), "weight"),
+        )
+
+    def test_pinned_and_excluded_layers_are_left_out(self):
+        found = space(groups=[["*"]], pinned={"a.0": 4}, exclude=["b.0"]).choices(small_net())
+        assert found.groups == (Group(("a.2", "b.2")),)
+
+    def test_by_rule(self):
+        rules = space(groups=["residual", "qkv"], first_last=None)
+        assert rules.choices(Branches(), torch.zeros(1, 4)).groups == (
+            Group(("left", "right", "body"), "act"),
+            Group(("left", "right"), "weight"),
+        )
+        # The head is pinned, and what it reads is no sum.
+        assert space(groups=["residual"]).choices(Branches(), {"x": torch.zeros(1, 4)}).groups == (
+            Group(("left", "right", "body"), "act"),
+        )
+
+    def test_inputs_that_stay_float_share_nothing(self):
+        found = SearchSpace(act_bits=None, groups=["residual", "qkv"]).choices(Branches(), torch.zeros(1, 4))
+        assert found.groups == (Group(("left", "right"), "weight"),)
+
+    def test_a_rule_needs_an_example(self):
+        assert space(groups=["qkv"]).runs_the_model
+        assert not space(groups=[["a.*"]]).runs_the_model
+        with pytest.raises(ValueError, match=r"groups has rules \(qkv, residual\), which need example_inputs"):
+            space(groups=["qkv", ["left", "right"], "residual"]).choices(Branches())
+
+    def test_survive_json(self):
+        original = space(groups=["residual", ["a.*", "b.0"], Group(["b.2", "b.0"], "act")])
+        assert SearchSpace(**json.loads(json.dumps(asdict(original)))) == original
+
+    @pytest.mark.parametrize(
+        ("groups", "error", "message"),
+        [
+            ("residual", TypeError, r"groups is 'residual'; a sequence of rules or groups is needed, such as \('res"),
+            (["residuals"], ValueError, "groups has 'residuals', which is no rule; rules are residual, qkv, depthwise"),
+            ([[3]], TypeError, r"layers of a group are \[3\]"),
+            ([{"layers": ["a"], "share": "all"}], ValueError, "share of a group is 'all'"),
+        ],
+    )
+    def test_bad_values(self, groups, error, message):
+        with pytest.raises(error, match=message):
+            space(groups=groups)
+
+    @pytest.mark.parametrize(
+        ("group", "message"),
+        [
+            (["a.1", "b.*"], r"groups\[0\]: the pattern 'a\.1' matches no quantizable layer; did you mean"),
+            (["a.0", "stem"], r"groups\[0\] is .*; at least two layers that are searched are needed"),
+        ],
+    )
+    def test_bad_names(self, group, message):
+        with pytest.raises(ValueError, match=message):
+            space(groups=[group]).choices(small_net())
 
 
 class TestPolicies:
