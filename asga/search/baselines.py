@@ -7,7 +7,9 @@ import numpy as np
 import torch
 
 from asga.policy import WeightBits, bit_width
-from asga.search.costs import LayerProfile, cost_tables, policy_costs
+from asga.search.costs import PEAKS, cost_tables, policy_costs
+from asga.search.groups import SIDES
+from asga.search.profiles import LayerProfile
 from asga.search.solver import solve
 from asga.search.space import SpaceChoices
 
@@ -21,8 +23,9 @@ def random_choice(
     """Draw one of all policies within the limits, every one with the same probability.
 
     By Gibbs sampling: beginning with the cheapest policy, layer after layer is drawn anew among those pairs of
-    candidates that keep the policy within the limits. Most policies cost nearly as much as they may, so does the one
-    drawn. Random numbers are those of torch's global generator.
+    candidates that keep the policy within the limits; what a group shares is drawn for all its layers at once. Most
+    policies cost nearly as much as they may, so does the one drawn. Random numbers are those of torch's global
+    generator.
 
     Args:
         profiles: What the layers cost.
@@ -40,20 +43,44 @@ def random_choice(
         34, 2004: walks of this kind mix rapidly.
     """
     tables = cost_tables(profiles, choices)
-    shapes = {name: table.shape for name, table in next(iter(tables.values())).items()}
-    chosen = solve({name: np.zeros(shape) for name, shape in shapes.items()}, tables, limits)
-    # [metrics, pairs] of every layer
-    costs = {name: np.stack([tables[metric][name].ravel() for metric in limits]) for name in shapes}
-    pair = {name: int(np.ravel_multi_index(chosen[name], shape)) for name, shape in shapes.items()}
-    room = np.array(list(limits.values())) - sum(costs[name][:, pair[name]] for name in costs)
+    names = next(iter(tables.values())).keys()
+    indifferent = {name: np.zeros((len(c.weight_bits), len(c.act_bits))) for name, c in choices.layers.items()}
+    chosen = solve(indifferent, tables, limits, groups=choices.groups)
+    # [weight candidates, act candidates, metrics] of every layer; of a peak whether it exceeds the limit, with no room.
+    costs = {
+        name: np.stack([tables[m][name] > limit if m in PEAKS else tables[m][name] for m, limit in limits.items()], -1)
+        for name in names
+    }
+    room = np.array([0 if metric in PEAKS else limit for metric, limit in limits.items()])
+    room -= sum(costs[name][chosen[name]] for name in names)
     draws = np.random.default_rng(int(torch.randint(2**62, ())))
+    blocks = _blocks(choices)
     for _ in range(_SWEEPS):
-        for name, table in costs.items():
-            room += table[:, pair[name]]
-            fitting = np.flatnonzero((table <= room[:, None]).all(0))
-            pair[name] = int(fitting[draws.integers(len(fitting))])
-            room -= table[:, pair[name]]
-    return {name: tuple(map(int, np.unravel_index(pair[name], shapes[name]))) for name in choices.layers}
+        for layers, sides in blocks:
+            options = sum(costs[name][_where(chosen[name], sides)] for name in layers)
+            room += sum(costs[name][chosen[name]] for name in layers)
+            fitting = np.argwhere((options <= room).all(-1))
+            drawn = fitting[draws.integers(len(fitting))].tolist()
+            for name in layers:
+                both = zip(SIDES, drawn, chosen[name], strict=True)
+                chosen[name] = tuple(new if side in sides else old for side, new, old in both)
+            room -= sum(costs[name][chosen[name]] for name in layers)
+    return {name: chosen[name] for name in choices.layers}
+
+
+def _blocks(choices: SpaceChoices) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """What is drawn at once: layers, and which of their sides."""
+    shared = {(name, side) for group in choices.groups for side in group.sides for name in group.layers}
+    own = {name: tuple(side for side in SIDES if (name, side) not in shared) for name in choices.layers}
+    return [
+        *((group.layers, group.sides) for group in choices.groups),
+        *(((name,), own[name]) for name in own if own[name]),
+    ]
+
+
+def _where(chosen: tuple[int, int], sides: tuple[str, ...]) -> tuple[slice, ...]:
+    """Everything along the given sides, the chosen index along the others."""
+    return tuple(slice(None) if side in sides else slice(at, at + 1) for side, at in zip(SIDES, chosen, strict=True))
 
 
 def uniform_pairs(

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from asga.policy import LayerPolicy, Policy, WeightBits, bit_width
-from asga.search.costs import LayerProfile, cost_tables
+from asga.search.costs import cost_tables
 from asga.search.probe import LossIncrease
+from asga.search.profiles import LayerProfile
 from asga.search.solver import solve
 from asga.search.space import LayerChoices, SpaceChoices
 
@@ -120,7 +121,7 @@ def least_increase(
     choices = replace(choices, layers={**choices.layers, **pinned})
     free = [name for name in choices.layers if name not in kept]
     scores = {name: -np.add.outer(increases[name].weight, increases[name].act) for name in free}
-    return choices.policy(solve(scores, cost_tables(profiles, choices), limits))
+    return choices.policy(solve(scores, cost_tables(profiles, choices), limits, groups=choices.groups))
 
 
 def starved(increases: Increases, choices: SpaceChoices, policy: Policy, wanted: Policy) -> list[Starved]:

@@ -1,20 +1,16 @@
 """The best policy within budgets: a multiple-choice knapsack, solved as an integer program and verified."""
 
-import math
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 
 import numpy as np
 
-from asga._extras import require
 from asga.policy import did_you_mean
-
-# HiGHS stops within 1e-6 of the optimum, whatever its scale. With the largest loss scaled to 1e3 that is 1e-9
-# of it; a much larger scale would run into the 1e-6 by which HiGHS lets variables miss 0 and 1.
-_TOLERANCE = 1e-6
-_LARGEST_LOSS = 1e3
-_MAX_CUTS = 1000  # limits that cut between near-equal costs of 12 digits took one or two
+from asga.search.costs import PEAKS
+from asga.search.groups import SIDES, Group
+from asga.search.program import Link, Pair, Program, exceeds
 
 
 class InfeasibleBudgetError(ValueError):
@@ -24,18 +20,26 @@ class InfeasibleBudgetError(ValueError):
         message: What cannot be met, and the least that can.
         limits: The limits asked for, by metric.
         least: The least cost of any policy, by metric, each metric taken alone.
+        least_together: By metric, the least cost of a policy that meets the other limits; empty where some limit cannot
+            be met even alone, and without the metrics for which nothing meets the other limits.
     """
 
-    def __init__(self, message: str, limits: dict[str, int], least: dict[str, int]) -> None:
+    def __init__(
+        self, message: str, limits: dict[str, int], least: dict[str, int], least_together: dict[str, int] | None = None
+    ) -> None:
         super().__init__(message)
         self.limits = limits
         self.least = least
+        self.least_together = least_together or {}
 
 
 def solve(
     scores: Mapping[str, np.ndarray],
     costs: Mapping[str, Mapping[str, np.ndarray]],
     limits: Mapping[str, int],
+    *,
+    groups: Sequence[Group] = (),
+    allowed: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Choose one candidate pair per layer so that the sum of scores is largest and every limit is met.
 
@@ -47,7 +51,11 @@ def solve(
         scores: Per layer a float matrix ``[len(weight_bits), len(act_bits)]``, such as log-probabilities.
             Layers with a single candidate pair may be left out.
         costs: Per metric and layer an integer matrix of the same shape (`asga.search.costs.cost_tables`).
-        limits: Per metric the largest sum allowed. Metrics of `costs` without a limit do not count.
+        limits: Per metric the largest sum allowed; for those in `asga.search.costs.PEAKS` the largest cost of any
+            layer. Metrics of `costs` without a limit do not count.
+        groups: Layers that choose alike (`SpaceChoices.groups`). Scores and costs of all of them count.
+        allowed: Per layer a boolean matrix, True for the pairs that may be chosen; layers that are left out may choose
+            any.
 
     Returns:
         The chosen ``(i, j)`` of every layer in `costs`, in that order.
@@ -58,31 +66,31 @@ def solve(
         RuntimeError: The solver gave up, which no known input makes it do.
         TypeError: A limit or a cost is not an integer.
         ValueError: A score is NaN or infinite, or names or shapes do not agree.
-
-    Source:
-        Kellerer, Pferschy and Pisinger, "Knapsack Problems", Springer 2004: the multiple-choice knapsack
-        (chapter 11) and cover inequalities.
     """
     limits = {metric: _integer(f"limits[{metric!r}]", limit) for metric, limit in limits.items()}
     tables = _check_costs(costs, limits)
+    _check_groups(groups, tables)
     scores = _check_scores(scores, tables)
-    least = {metric: sum(int(table[m].min()) for table in tables.values()) for m, metric in enumerate(limits)}
-    slack = [limit - least[metric] for metric, limit in limits.items()]
-    if any(room < 0 for room in slack):
+    problem = _Problem(tables, limits, groups, allowed or {})
+    least = {metric: problem.least(metric) for metric in limits}
+    if any(limit < least[metric] for metric, limit in limits.items()):
         raise _infeasible("no policy meets the budget", limits, least)
-    layers = [_useful_pairs(scores[name], table, slack) for name, table in tables.items()]
-    chosen = _best(layers, slack) if all(layers) else None
+    chosen = problem.solve(scores, limits)
     if chosen is None:
-        raise _infeasible("each limit can be met alone, but not all of them together", limits, least)
+        together = {metric: problem.least_together(metric, limits) for metric in limits}
+        raise _infeasible("each limit can be met alone, but not all of them together", limits, least, together)
     return {name: pair.index for name, pair in zip(tables, chosen, strict=True)}
 
 
-def check_feasible(costs: Mapping[str, Mapping[str, np.ndarray]], limits: Mapping[str, int]) -> None:
+def check_feasible(
+    costs: Mapping[str, Mapping[str, np.ndarray]], limits: Mapping[str, int], *, groups: Sequence[Group] = ()
+) -> None:
     """Check that some policy meets the limits. Needs no scores, so it can be asked before any training.
 
     Args:
         costs: As for `solve`.
         limits: As for `solve`.
+        groups: As for `solve`.
 
     Raises:
         InfeasibleBudgetError: Nothing meets the limits; the message has the least cost of every metric.
@@ -90,114 +98,133 @@ def check_feasible(costs: Mapping[str, Mapping[str, np.ndarray]], limits: Mappin
         ValueError: As for `solve`.
     """
     indifferent = {name: np.zeros(np.shape(t)) for tables in costs.values() for name, t in tables.items()}
-    solve(indifferent, costs, limits)
+    solve(indifferent, costs, limits, groups=groups)
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """One candidate of a layer: its loss below the layer's best score, its costs above the layer's least."""
+class _Problem:
+    """Costs, groups and allowed pairs of one model; limits and scores come with each question."""
 
-    index: tuple[int, int]
-    loss: float
-    extra: tuple[int, ...]
-    relative_cost: float
+    def __init__(
+        self,
+        tables: Mapping[str, np.ndarray],
+        metrics: Iterable[str],
+        groups: Sequence[Group],
+        allowed: Mapping[str, np.ndarray],
+    ) -> None:
+        self._tables, self._metrics, self._allowed = tables, list(metrics), allowed
+        self._links = [
+            Link(SIDES.index(side), tuple(list(tables).index(name) for name in group.layers))
+            for group in groups
+            for side in group.sides
+        ]
+        # By layer the links of its weight and of its activation bits, None where it has its own.
+        self._links_of: list[list[int | None]] = [[None, None] for _ in tables]
+        for number, link in enumerate(self._links):
+            for layer in link.layers:
+                self._links_of[layer][link.axis] = number
 
+    def least(self, metric: str) -> int:
+        """The least cost by one metric, exactly."""
+        m, total = self._metrics.index(metric), np.maximum if metric in PEAKS else np.add
+        factors = []
+        for table, links in zip(self._tables.values(), self._links_of, strict=True):
+            own = tuple(axis for axis in (0, 1) if links[axis] is None)
+            scope = tuple(link for link in links if link is not None)
+            costs = table[m].min(axis=own) if own else table[m]
+            # In the order of the links, so that tables can be lined up.
+            factors.append((scope, costs) if list(scope) == sorted(scope) else (scope[::-1], costs.T))
+        return _eliminate(factors, total)
 
-def _useful_pairs(scores: np.ndarray, table: np.ndarray, slack: Sequence[int]) -> list[_Pair]:
-    """The pairs that fit by themselves and that no other beats in score and every cost, best score first."""
-    best, least = scores.max(), [int(costs.min()) for costs in table]
-    pairs = []
-    for i, j in np.ndindex(scores.shape):
-        extra = tuple(int(costs[i, j]) - low for costs, low in zip(table, least, strict=True))
-        if all(cost <= room for cost, room in zip(extra, slack, strict=True)):
-            relative_cost = math.fsum(cost / max(room, 1) for cost, room in zip(extra, slack, strict=True))
-            pairs.append(_Pair((i, j), float(best - scores[i, j]), extra, relative_cost))
-    useful: list[_Pair] = []
-    for pair in sorted(pairs, key=lambda p: (p.loss, p.relative_cost, p.index)):
-        if not any(all(map(operator.le, other.extra, pair.extra)) for other in useful):
-            useful.append(pair)
-    return useful
-
-
-def _best(layers: list[list[_Pair]], slack: Sequence[int]) -> list[_Pair] | None:
-    """The pairs of least total loss, and of these the cheapest; None if nothing fits."""
-    unconstrained = [layer[0] for layer in layers]
-    if _exceeded(unconstrained, slack) is None:
-        return unconstrained
-    program = _Program(layers, slack)
-    first = program.minimize(program.losses)
-    if first is None:
-        return None
-    loss = math.fsum(pair.loss for pair in first) * program.loss_scale
-    cheapest = program.minimize(program.relative_costs, largest_loss=loss)
-    if cheapest and math.fsum(pair.loss for pair in cheapest) * program.loss_scale <= loss + _TOLERANCE:
-        return cheapest
-    return first
-
-
-class _Program:
-    """The integer program: a 0/1 variable per pair, one pair per layer, a row per limit.
-
-    HiGHS accepts answers that exceed a row by its tolerance, so every answer is checked in integers. One that
-    exceeds a limit is cut off, together with all that cost as much or more in every layer, by a cover
-    inequality: its coefficients are 0 and 1, so no tolerance blurs it. Then the program is solved again.
-    """
-
-    def __init__(self, layers: list[list[_Pair]], slack: Sequence[int]) -> None:
-        self._pairs = [pair for layer in layers for pair in layer]
-        self._owner = np.repeat(np.arange(len(layers)), [len(layer) for layer in layers])
-        self._slack = slack
-        # Relative to the slack: rows of order one, whatever the unit of the metric.
-        extras = [[pair.extra[m] / max(room, 1) for pair in self._pairs] for m, room in enumerate(slack)]
-        self._rows = [np.array(row) for row in extras]
-        self._upper = [1.0] * len(slack)
-        losses = np.array([pair.loss for pair in self._pairs])
-        self.loss_scale = _LARGEST_LOSS / (losses.max() or 1.0)
-        self.losses = losses * self.loss_scale
-        self.relative_costs = np.array([pair.relative_cost for pair in self._pairs]) * _LARGEST_LOSS
-
-    def minimize(self, objective: np.ndarray, largest_loss: float = math.inf) -> list[_Pair] | None:
-        """The pairs with the least sum of `objective` within the limits; None if nothing fits."""
-        for _ in range(_MAX_CUTS):
-            chosen = self._solve(objective, largest_loss)
-            exceeded = None if chosen is None else _exceeded(chosen, self._slack)
-            if exceeded is None:
-                return chosen
-            owners = zip(self._pairs, self._owner, strict=True)
-            cover = [pair.extra[exceeded] >= chosen[owner].extra[exceeded] for pair, owner in owners]
-            self._rows.append(np.array(cover, dtype=float))
-            self._upper.append(len(chosen) - 1.0)
-        raise RuntimeError(f"the solver's answers exceed the limits even after {_MAX_CUTS} cuts")
-
-    def _solve(self, objective: np.ndarray, largest_loss: float) -> list[_Pair] | None:
-        optimize, sparse = require("scipy.optimize", "search"), require("scipy.sparse", "search")
-        count = len(self._pairs)
-        one_each = sparse.csr_array((np.ones(count), (self._owner, np.arange(count))))
-        rows, upper = np.array([*self._rows, self.losses]), [*self._upper, largest_loss]
-        result = optimize.milp(
-            objective,
-            integrality=np.ones(count),
-            bounds=optimize.Bounds(0, 1),
-            constraints=[
-                optimize.LinearConstraint(one_each, 1, 1),
-                optimize.LinearConstraint(rows, -np.inf, upper),
-            ],
-            options={"mip_rel_gap": 0},
-        )
-        if result.status == 2:  # proven infeasible
+    def least_together(self, metric: str, limits: Mapping[str, int]) -> int | None:
+        """The least cost by one metric of a policy that meets the limits on the others; None if nothing does."""
+        m = self._metrics.index(metric)
+        others = {name: limit for name, limit in limits.items() if name != metric}
+        if metric in PEAKS:
+            indifferent = {name: np.zeros(table.shape[1:]) for name, table in self._tables.items()}
+            peaks = sorted({int(cost) for table in self._tables.values() for cost in table[m].flat})
+            met = bisect_left(
+                peaks, True, key=lambda peak: self.solve(indifferent, others | {metric: peak}) is not None
+            )
+            return peaks[met] if met < len(peaks) else None
+        chosen = self.solve({name: -table[m].astype(float) for name, table in self._tables.items()}, others)
+        if chosen is None:
             return None
-        if not result.success:
-            raise RuntimeError(f"the integer program could not be solved: {result.message}")
-        chosen: dict[int, int] = {}
-        for k in np.argsort(result.x, kind="stable"):  # the largest variable of each layer comes last
-            chosen[int(self._owner[k])] = int(k)
-        return [self._pairs[chosen[layer]] for layer in range(len(chosen))]
+        return sum(int(table[(m, *pair.index)]) for table, pair in zip(self._tables.values(), chosen, strict=True))
+
+    def solve(self, scores: Mapping[str, np.ndarray], limits: Mapping[str, int]) -> list[Pair] | None:
+        """The pairs of the best sum of scores, and of these the cheapest; None if nothing meets the limits."""
+        peaks = {self._metrics.index(metric): limit for metric, limit in limits.items() if metric in PEAKS}
+        sums = {self._metrics.index(metric): limit for metric, limit in limits.items() if metric not in PEAKS}
+        slack = [limit - sum(int(table[m].min()) for table in self._tables.values()) for m, limit in sums.items()]
+        layers = []
+        for (name, table), links in zip(self._tables.items(), self._links_of, strict=True):
+            fits = np.array(self._allowed.get(name, np.ones(table.shape[1:], dtype=bool)))
+            for m, limit in peaks.items():
+                fits &= table[m] <= limit
+            layers.append(_useful_pairs(scores[name], table[list(sums)], fits, slack, links))
+        if not all(layers):
+            return None
+        best = [layer[0] for layer in layers]
+        if exceeds(best, slack) is None and self._linked_alike(best):
+            return best
+        return Program(layers, slack, self._links).least_loss()
+
+    def _linked_alike(self, chosen: Sequence[Pair]) -> bool:
+        return all(len({chosen[layer].index[link.axis] for layer in link.layers}) == 1 for link in self._links)
 
 
-def _exceeded(chosen: Sequence[_Pair], slack: Sequence[int]) -> int | None:
-    """The first limit that the pairs exceed, in exact integers."""
-    totals = (sum(pair.extra[m] for pair in chosen) for m in range(len(slack)))
-    return next((m for m, total in enumerate(totals) if total > slack[m]), None)
+def _useful_pairs(
+    scores: np.ndarray, table: np.ndarray, fits: np.ndarray, slack: Sequence[int], links: Sequence[int | None]
+) -> list[Pair]:
+    """The pairs that fit by themselves and that no other beats in score and every cost, best score first.
+
+    Where an index is shared with other layers, a pair is only beaten by one that has the same.
+    """
+    room = np.array([min(left, np.iinfo(np.int64).max) for left in slack], dtype=np.int64)
+    extra = np.moveaxis(table - table.min(axis=(1, 2), keepdims=True), 0, -1)
+    index = np.argwhere(fits & (extra <= room).all(-1))
+    losses, extra = (scores.max() - scores)[tuple(index.T)], extra[tuple(index.T)]
+    relative_costs = (extra / np.maximum(room, 1)).sum(-1)
+    order = np.lexsort((*index.T[::-1], relative_costs, losses))
+    index, losses, extra, relative_costs = index[order], losses[order], extra[order], relative_costs[order]
+    shared = index[:, [link is not None for link in links]]
+    # [pair, other]: no other in front of a pair, so of no less score, may cost as little.
+    beaten = (extra[None] <= extra[:, None]).all(-1) & (shared[None] == shared[:, None]).all(-1)
+    useful = ~np.tril(beaten, -1).any(1)
+    return [
+        Pair(tuple(at), loss, tuple(costs), relative)
+        for at, loss, costs, relative, keep in zip(
+            index.tolist(), losses.tolist(), extra.tolist(), relative_costs.tolist(), useful, strict=True
+        )
+        if keep
+    ]
+
+
+def _eliminate(factors: Iterable[tuple[tuple[int, ...], np.ndarray]], total: Callable) -> int:
+    """The least total of tables that share axes: each axis in turn is minimized out of the tables that have it.
+
+    Args:
+        factors: Tables with the names of their axes, ascending.
+        total: How costs add up, `np.add` or `np.maximum`.
+
+    Source:
+        Dechter, "Bucket elimination: a unifying framework for reasoning", Artificial Intelligence 113, 1999.
+    """
+    factors = list(factors)
+    while axes := sorted({axis for scope, _ in factors for axis in scope}):
+        # The axis that meets the fewest others makes the smallest table.
+        scopes = {a: sorted({b for scope, _ in factors if a in scope for b in scope}) for a in axes}
+        axis = min(axes, key=lambda a: len(scopes[a]))
+        scope = scopes[axis]
+        met = [
+            table.reshape([table.shape[own.index(a)] if a in own else 1 for a in scope])
+            for own, table in factors
+            if axis in own
+        ]
+        least = reduce(total, met).min(axis=scope.index(axis))
+        factors = [factor for factor in factors if axis not in factor[0]]
+        factors.append((tuple(a for a in scope if a != axis), least))
+    return int(reduce(total, (table for _, table in factors)))
 
 
 def _check_costs(costs: Mapping[str, Mapping[str, np.ndarray]], limits: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -229,6 +256,20 @@ def _check_costs(costs: Mapping[str, Mapping[str, np.ndarray]], limits: Mapping[
     return stacked
 
 
+def _check_groups(groups: Sequence[Group], tables: Mapping[str, np.ndarray]) -> None:
+    for side, axis in zip(SIDES, (1, 2), strict=True):
+        names = [name for group in groups if side in group.sides for name in group.layers]
+        for name in names:
+            if name not in tables:
+                raise ValueError(f"groups has {name!r}, which costs has not{did_you_mean(name, tables)}")
+            if names.count(name) > 1:
+                raise ValueError(f"two groups share the {side} bits of {name!r}; make one group of them")
+        for group in groups:
+            sizes = {tables[name].shape[axis] for name in group.layers if side in group.sides}
+            if len(sizes) > 1:
+                raise ValueError(f"layers of {group} have different numbers of candidates: {sorted(sizes)}")
+
+
 def _check_scores(scores: Mapping[str, np.ndarray], tables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name in scores:
         if name not in tables:
@@ -255,6 +296,12 @@ def _integer(name: str, value: object) -> int:
         raise TypeError(f"{name} is {value!r}; an integer is needed") from None
 
 
-def _infeasible(reason: str, limits: dict[str, int], least: dict[str, int]) -> InfeasibleBudgetError:
-    lines = [f"  {name}: limit {limit:,}, least possible {least[name]:,}" for name, limit in limits.items()]
-    return InfeasibleBudgetError("\n".join([f"{reason}:", *lines]), limits, least)
+def _infeasible(
+    reason: str, limits: dict[str, int], least: dict[str, int], together: dict[str, int | None] | None = None
+) -> InfeasibleBudgetError:
+    together = {name: cost for name, cost in (together or {}).items() if cost is not None}
+    lines = [f"{reason}:"]
+    for name, limit in limits.items():
+        others = f", {together[name]:,} with the other limits met" if name in together and len(limits) > 1 else ""
+        lines.append(f"  {name}: limit {limit:,}, least possible {least[name]:,}{others}")
+    return InfeasibleBudgetError("\n".join(lines), limits, least, together)

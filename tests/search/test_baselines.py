@@ -1,12 +1,16 @@
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
+from asga.policy import Policy
 from asga.search.baselines import random_choice, uniform_pairs
 from asga.search.budget import Budget
-from asga.search.costs import LayerProfile, policy_costs
+from asga.search.costs import policy_costs
+from asga.search.groups import Group
+from asga.search.profiles import LayerProfile
 from asga.search.solver import InfeasibleBudgetError
 from asga.search.space import LayerChoices, SpaceChoices
 
@@ -54,6 +58,39 @@ class TestRandomChoice:
         assert 10 < freedom < 54
         # Five standard deviations of the statistic.
         assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+    @pytest.mark.parametrize(
+        ("group", "budget"),
+        [
+            (Group(("one", "two"), "weight"), {"bitops": "w4a4"}),
+            (Group(("one", "two"), "act"), {"bitops": "w6a6", "act_memory": "a4"}),
+        ],
+        ids=["shared weight bits", "shared input bits and a peak"],
+    )
+    def test_groups_and_peaks(self, group, budget, monkeypatch):
+        """All policies that the budget and the group allow, and no others, in about equal numbers."""
+        monkeypatch.setattr("asga.search.baselines._SWEEPS", 30)
+        layers = {**CHOICES.layers, "one": LayerChoices(BITS, (2, 4, 8)), "two": LayerChoices(BITS, (2, 4, 8))}
+        choices = SpaceChoices(layers, {}, CHOICES.names, (group,))
+        sizes = {"stem": 9, "one": 50, "float": 1, "two": 40}
+        profiles = {name: replace(profile, in_numel=sizes[name]) for name, profile in PROFILES.items()}
+        limits = Budget(**budget).limits(profiles, choices)
+        side = group.sides[0]
+
+        def allowed(policy: Policy) -> bool:
+            costs = policy_costs(profiles, policy)
+            shared = {getattr(policy[name], f"{side}_bits") for name in group.layers}
+            return len(shared) == 1 and all(getattr(costs, m) <= limit for m, limit in limits.items())
+
+        sides = [product(range(len(c.weight_bits)), range(len(c.act_bits))) for c in layers.values()]
+        every = (choices.policy(dict(zip(layers, chosen, strict=True))) for chosen in product(*sides))
+        possible = [policy for policy in every if allowed(policy)]
+        torch.manual_seed(0)
+        draws = 400
+        drawn = Counter(str(choices.policy(random_choice(profiles, choices, limits))) for _ in range(draws))
+        assert set(drawn) == {str(policy) for policy in possible}
+        mean = draws / len(possible)
+        assert all(count < mean + 5 * mean**0.5 for count in drawn.values())
 
     def test_follows_the_seed(self):
         def draw(seed: int) -> dict[str, tuple[int, int]]:

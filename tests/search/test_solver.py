@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from asga.search import solver
-from asga.search.costs import LayerProfile, cost_tables
+from asga.search.costs import PEAKS, cost_tables
+from asga.search.groups import Group
+from asga.search.profiles import LayerProfile
 from asga.search.solver import InfeasibleBudgetError, check_feasible, solve
 from asga.search.space import LayerChoices, SpaceChoices
 
@@ -20,19 +22,32 @@ def total_score(scores, chosen) -> float:
     return math.fsum(scores[name][pair] for name, pair in chosen.items())
 
 
+def alike(chosen, groups) -> bool:
+    """Whether the layers of every group have the same index on what they share."""
+    axes = {"weight": 0, "act": 1}
+    return all(len({chosen[n][axes[side]] for n in group.layers}) == 1 for group in groups for side in group.sides)
+
+
+def policies(scores, costs, limits, groups=(), allowed=None):
+    """Every choice within the limits with its costs; the limit of a peak is on every layer."""
+    for pairs in itertools.product(*(list(np.ndindex(table.shape)) for table in scores.values())):
+        chosen = dict(zip(scores, pairs, strict=True))
+        spent = {m: (max if m in PEAKS else sum)(int(costs[m][n][chosen[n]]) for n in scores) for m in limits}
+        if allowed is not None and not all(allowed[n][chosen[n]] for n in allowed):
+            continue
+        if all(spent[metric] <= limits[metric] for metric in limits) and alike(chosen, groups):
+            yield chosen, spent
+
+
 def brute_force(scores, costs, limits) -> tuple[float, float] | None:
     """Best score, and the least relative cost among the choices that have it, over every choice there is."""
-    names = list(scores)
-    least = {metric: sum(int(costs[metric][n].min()) for n in names) for metric in limits}
+    least = {metric: sum(int(costs[metric][n].min()) for n in scores) for metric in limits}
     best = None
-    for pairs in itertools.product(*(list(np.ndindex(scores[n].shape)) for n in names)):
-        chosen = dict(zip(names, pairs, strict=True))
-        spent = {metric: total(costs[metric], chosen) for metric in limits}
-        if all(spent[metric] <= limits[metric] for metric in limits):
-            score = math.fsum(scores[n][chosen[n]] for n in names)
-            cost = math.fsum((spent[m] - least[m]) / max(limits[m] - least[m], 1) for m in limits)
-            if best is None or (-score, cost) < (-best[0], best[1]):
-                best = score, cost
+    for chosen, spent in policies(scores, costs, limits):
+        score = total_score(scores, chosen)
+        cost = math.fsum((spent[m] - least[m]) / max(limits[m] - least[m], 1) for m in limits)
+        if best is None or (-score, cost) < (-best[0], best[1]):
+            best = score, cost
     return best
 
 
@@ -84,20 +99,6 @@ def test_equals_brute_force(block):
             assert cost == pytest.approx(least_cost, rel=0, abs=1e-8), seed
 
 
-def test_200_random_budgets_are_all_met():
-    choices, profiles = resnet20_like()
-    costs = cost_tables(profiles, choices)
-    least = {metric: sum(int(t.min()) for t in tables.values()) for metric, tables in costs.items()}
-    most = {metric: sum(int(t.max()) for t in tables.values()) for metric, tables in costs.items()}
-    rng = np.random.default_rng(0)
-    for k in range(200):
-        scores = {n: rng.normal(size=costs["bitops"][n].shape) for n in choices.names}
-        both = {m: int(least[m] + (most[m] - least[m]) * rng.uniform() ** 3) for m in costs}
-        limits = [both, {"bitops": both["bitops"]}, {"size_bits": both["size_bits"]}][k % 3]
-        chosen = solve(scores, costs, limits)
-        assert all(total(costs[metric], chosen) <= limit for metric, limit in limits.items())
-
-
 def twelve_digit_problem():
     rng = np.random.default_rng(1)
     names = [f"layer{k}" for k in range(12)]
@@ -114,25 +115,6 @@ def test_limit_just_below_the_cost_of_a_better_choice():
     chosen = solve(scores, costs, {"latency": limit})
     assert total(costs["latency"], chosen) <= limit
     assert total_score(scores, chosen) < total_score(scores, best)
-
-
-def test_answers_that_exceed_a_limit_are_cut_off(monkeypatch):
-    """A solver that takes the limit 10 % too large for a while still leads to the exact answer."""
-    scores, costs, limit = twelve_digit_problem()
-    expected = solve(scores, costs, {"latency": limit})
-    exact_solve, offered = solver._Program._solve, []
-
-    def sloppy_solve(program, *args):
-        exact, program._upper[0] = program._upper[0], 1.1 if len(offered) < 5 else 1.0
-        offered.append(exact_solve(program, *args))
-        program._upper[0] = exact
-        return offered[-1]
-
-    monkeypatch.setattr(solver._Program, "_solve", sloppy_solve)
-    assert solve(scores, costs, {"latency": limit}) == expected
-    first = [{name: pair.index for name, pair in zip(scores, pairs, strict=True)} for pairs in offered[:5]]
-    assert len(offered) > 5
-    assert all(total(costs["latency"], chosen) > limit for chosen in first)
 
 
 def test_limit_that_exactly_one_choice_meets():
@@ -168,6 +150,100 @@ def test_layers_with_one_candidate_need_no_score_but_count():
     scores = {"a": np.array([[0.0, 1.0]])}
     assert solve(scores, costs, {"bitops": 12}) == {"pinned": (0, 0), "a": (0, 1)}
     assert solve(scores, costs, {"bitops": 11}) == {"pinned": (0, 0), "a": (0, 0)}
+
+
+GROUPS = {
+    "none": (),
+    "weights": (Group(("a", "b"), "weight"),),
+    "inputs": (Group(("a", "b", "c"), "act"),),
+    "both": (Group(("a", "c")),),
+    "crossed": (Group(("a", "b"), "weight"), Group(("b", "c"), "act")),
+    "chained": (Group(("a", "b"), "weight"), Group(("b", "c"), "act"), Group(("c", "d"), "weight")),
+}
+
+
+class TestGroupsPeaksAndAllowedPairs:
+    """Everything that a policy may have to heed, against every choice there is."""
+
+    METRICS = ("bitops", "latency_ns", "act_memory_bits")
+
+    def problem(self, seed: int):
+        rng = np.random.default_rng(seed)
+        names, shape = "abcd", (3, 2)
+        scores = {n: rng.normal(size=shape) for n in names}
+        costs = {m: {n: rng.integers(0, 1000, size=shape) for n in names} for m in self.METRICS}
+        return rng, scores, costs
+
+    @pytest.mark.parametrize("groups", GROUPS)
+    def test_equals_brute_force(self, groups):
+        groups = GROUPS[groups]
+        infeasible = 0
+        for seed in range(12):
+            rng, scores, costs = self.problem(seed)
+            limits = {m: int(rng.integers(500, 1000)) * (1 if m in PEAKS else 3) for m in self.METRICS[: 1 + seed % 3]}
+            allowed = None if seed % 2 else {n: rng.random((3, 2)) < 0.9 for n in "ab"}
+            found = list(policies(scores, costs, limits, groups, allowed))
+            if not found:
+                infeasible += 1
+                with pytest.raises(InfeasibleBudgetError):
+                    solve(scores, costs, limits, groups=groups, allowed=allowed)
+                continue
+            chosen = solve(scores, costs, limits, groups=groups, allowed=allowed)
+            assert chosen in [choice for choice, _ in found], seed
+            best = max(total_score(scores, choice) for choice, _ in found)
+            assert total_score(scores, chosen) == pytest.approx(best, abs=1e-8), seed
+        assert infeasible < 12
+
+    @pytest.mark.parametrize("groups", GROUPS)
+    def test_the_least_cost_is_exact(self, groups):
+        groups = GROUPS[groups]
+        for seed in range(4):
+            _, scores, costs = self.problem(seed)
+            for metric in self.METRICS:
+                least = min(spent[metric] for _, spent in policies(scores, costs, {metric: 10**9}, groups))
+                check_feasible(costs, {metric: least}, groups=groups)
+                with pytest.raises(InfeasibleBudgetError) as error:
+                    check_feasible(costs, {metric: least - 1}, groups=groups)
+                assert error.value.least == {metric: least}
+                assert f"least possible {least:,}" in str(error.value)
+
+    @pytest.mark.parametrize("groups", GROUPS)
+    def test_the_least_cost_with_the_other_limits_met(self, groups):
+        groups, seen = GROUPS[groups], 0
+        for seed in range(8):
+            _, scores, costs = self.problem(seed)
+            least = {m: min(s[m] for _, s in policies(scores, costs, {m: 10**9}, groups)) for m in self.METRICS}
+            if next(policies(scores, costs, least, groups), None) is not None:
+                continue
+            seen += 1
+            with pytest.raises(InfeasibleBudgetError, match="not all of them together") as error:
+                check_feasible(costs, least, groups=groups)
+            for metric in self.METRICS:
+                others = {m: limit for m, limit in least.items() if m != metric} | {metric: 10**9}
+                costs_met = [spent[metric] for _, spent in policies(scores, costs, others, groups)]
+                assert error.value.least_together.get(metric) == min(costs_met, default=None), (seed, metric)
+                if costs_met:
+                    assert f"{min(costs_met):,} with the other limits met" in str(error.value)
+        assert seen
+
+    @pytest.mark.parametrize(
+        ("groups", "message"),
+        [
+            ((Group(("a", "x")),), "groups has 'x', which costs has not"),
+            ((Group(("a", "b")), Group(("b", "c"), "act")), "two groups share the act bits of 'b'"),
+        ],
+    )
+    def test_bad_groups(self, groups, message):
+        _, scores, costs = self.problem(0)
+        with pytest.raises(ValueError, match=message):
+            solve(scores, costs, {"bitops": 5000}, groups=groups)
+
+    def test_layers_of_a_group_have_the_same_candidates(self):
+        costs = {"bitops": {"a": np.array([[1, 2]]), "b": np.array([[1, 2, 3]])}}
+        scores = {"a": np.zeros((1, 2)), "b": np.zeros((1, 3))}
+        assert solve(scores, costs, {"bitops": 9}, groups=[Group(("a", "b"), "weight")]) == {"a": (0, 0), "b": (0, 0)}
+        with pytest.raises(ValueError, match=r"different numbers of candidates: \[2, 3\]"):
+            solve(scores, costs, {"bitops": 9}, groups=[Group(("a", "b"))])
 
 
 class TestInfeasible:
@@ -245,7 +321,7 @@ class TestBadInput:
 
 
 def test_ordinary_budgets_are_checked_without_the_integer_program(monkeypatch):
-    monkeypatch.delattr(solver, "_Program")
+    monkeypatch.delattr(solver, "Program")
     choices, profiles = resnet20_like()
     costs = cost_tables(profiles, choices)
     least = {metric: sum(int(t.min()) for t in tables.values()) for metric, tables in costs.items()}
