@@ -14,13 +14,14 @@ from asga.convert import LayerSummary, check_policy, prepare, quantization_summa
 from asga.nn import calibrate
 from asga.ops import backend, get_backend, set_backend
 from asga.policy import LayerPolicy, Policy
-from asga.search import Budget, InfeasibleBudgetError, PolicySearcher, SearchResult, SearchSpace
+from asga.search import Budget, InfeasibleBudgetError, LatencyTable, PolicySearcher, SearchResult, SearchSpace
 from asga.steps import TrainingError, evaluate
 from asga.transfer import TransferResult, TransferTrainer
 
 __all__ = [
     "Budget",
     "InfeasibleBudgetError",
+    "LatencyTable",
     "LayerPolicy",
     "LayerSummary",
     "Policy",

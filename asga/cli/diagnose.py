@@ -26,7 +26,7 @@ from asga.convert import find_quantizable
 from asga.policy import LayerPolicy, Policy, WeightBits, bit_width, check_weight_bits
 from asga.runs import RunFolder
 from asga.search import SearchSpace, gradient_sensitivity, hessian_sensitivity, measured_sensitivity
-from asga.search.costs import LayerProfile, policy_costs, profile_layers
+from asga.search.costs import policy_costs
 from asga.search.diagnosis import (
     Increases,
     by_candidate,
@@ -35,6 +35,7 @@ from asga.search.diagnosis import (
     starved,
     total_increase,
 )
+from asga.search.profiles import LayerProfile, profile_layers
 from asga.search.space import SpaceChoices
 from asga.training import first_batches
 
@@ -135,8 +136,10 @@ def _findings(
     increases: Mapping[str, Increases],
 ) -> dict[str, object]:
     """What ``result.json`` says."""
-    costs = asdict(policy_costs(profiles, policy))
-    limits = {metric: costs[metric] for metric in policy.meta.get("limits", ("bitops",))}
+    costs = policy_costs(profiles, policy).to_dict()
+    # The latency is not known here: its table was given to the search.
+    limits = {metric: costs[metric] for metric in policy.meta.get("limits", ()) if metric in costs}
+    limits = limits or {"bitops": costs["bitops"]}
     # As where uniform policies are compared: first and last layer are seldom searched.
     kept = {name: policy[name] for name in (choices.names[0], choices.names[-1]) if name in choices.layers}
     best = {side: least_increase(of_side, choices, profiles, limits, kept) for side, of_side in increases.items()}

@@ -29,6 +29,7 @@ from asga.runs import RunFolder
 from asga.search import (
     METHODS,
     Agreement,
+    LatencyTable,
     PolicySearcher,
     SearchResult,
     SearchSpace,
@@ -58,8 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.add_argument("--model", required=True, help="resnet20, resnet18, mobilenet_v2 or package.module:factory")
     parser.add_argument(
-        "--budget", required=True, help="what the policy may cost: bitops=w4a4, or bitops=1.2G,size=1.5MB"
+        "--budget",
+        required=True,
+        help="what the policy may cost: bitops=w4a4, or bitops=1.2G,size=1.5MB,act_memory=64kB,latency=5ms",
     )
+    parser.add_argument("--latency-table", metavar="FILE", help="CSV of layer times, for a limit on the latency")
     parser.add_argument(
         "--seeds",
         type=int,
@@ -74,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     space.add_argument("--formats", help="candidates by name for both: int2 to int8; for weights also fp4, fp8")
     space.add_argument("--target", default="any", help=f"where the model will run: any, {', '.join(TARGETS)}")
     space.add_argument("--first-last", type=int, default=8, help="bits of the first and last layer; 0: searched too")
+    space.add_argument("--groups", default="", help="rules for layers that share bits: residual,qkv,depthwise")
     add_data_options(parser)
     add_training_options(parser, methods=METHODS, epochs=5, float_epochs=15)
     parser.add_argument(
@@ -92,7 +97,9 @@ def run(options: argparse.Namespace) -> None:
     budget = parse_budget(options.budget)
     given = {name: getattr(options, name) for name in ("weight_bits", "act_bits", "formats")}
     candidates = {name: parse_bits(text) for name, text in given.items() if text is not None}
-    space = SearchSpace(**candidates, first_last=options.first_last or None, target=options.target)
+    groups = tuple(filter(None, options.groups.split(",")))
+    space = SearchSpace(**candidates, first_last=options.first_last or None, target=options.target, groups=groups)
+    latency_table = None if options.latency_table is None else LatencyTable.from_csv(options.latency_table)
     with Console() as console:
         train, val = open_batches(options, console)
         build = model_factory(options.model, train, options.device)
@@ -107,6 +114,7 @@ def run(options: argparse.Namespace) -> None:
                 relaxation=options.relaxation,
                 held_out=options.held_out,
                 example_inputs=example_inputs(train, options.target_size),
+                latency_table=latency_table,
                 autocast=autocast_dtype(options),
                 folder=folder,
                 progress=console.progress,
@@ -115,7 +123,8 @@ def run(options: argparse.Namespace) -> None:
             )
 
         model = build(options.seed)
-        searcher(model, None, "search").check(train)  # complain before anything is written or trained
+        checked = searcher(model, None, "search")
+        checked.check(train)  # complain before anything is written or trained
         if options.init is not None:
             load_weights(model, options.init)
         folder = RunFolder(options.out, "search", recorded(options), resume=options.resume)
@@ -123,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
         if options.init is None:
             model, _ = float_model(setting, build, epochs=options.float_epochs, seed=options.seed)
         batches = first_batches(train, _SENSITIVITY_BATCHES)
-        increases = gradient_sensitivity(model, space, batches, autocast=setting.autocast)
+        increases = gradient_sensitivity(model, checked.choices, batches, autocast=setting.autocast)
         results, seconds = {}, 0.0
         for seed in range(options.seed, options.seed + options.seeds):
             name, several = f"seed{seed}", options.seeds > 1
@@ -163,6 +172,10 @@ def findings(result: SearchResult) -> dict[str, object]:
         "most_likely": result.cost_shares(result.most_likely()),
         "policy": result.cost_shares(result.policy),
     }
+    if "likeliest_costs" in result.policy.meta:
+        limits = result.budget.limits(result.profiles, result.choices)
+        costs = result.policy.meta["likeliest_costs"]
+        shares["likeliest"] = {metric: costs[metric] / limit for metric, limit in limits.items()}
     found: dict[str, object] = {"method": result.method, "cost_shares": shares}
     if result.uniform is not None:  # several searches together have not been measured
         found["uniform"] = result.uniform.to_dict()
@@ -184,7 +197,11 @@ def describe(result: SearchResult) -> list[str]:
     shares = found["cost_shares"]
     lines = []
     for metric, share in shares["policy"].items():
-        others = {"expected at the end": shares["expected"], "likeliest candidates": shares["most_likely"]}
+        others = {
+            "before bits were raised": shares.get("likeliest", {}),
+            "expected at the end": shares["expected"],
+            "likeliest candidates": shares["most_likely"],
+        }
         known = ", ".join(f"{name} {of[metric]:.1%}" for name, of in others.items() if metric in of)
         lines.append(f"{metric}: policy {share:.1%} of the budget ({known})")
     if found.get("toss_ups"):

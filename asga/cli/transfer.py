@@ -23,7 +23,8 @@ from asga.convert import check_policy, find_quantizable
 from asga.policy import MAX_BITS, MIN_BITS, LayerPolicy, Policy
 from asga.runs import RunFolder
 from asga.search import Budget
-from asga.search.costs import policy_costs, profile_layers
+from asga.search.costs import policy_costs
+from asga.search.profiles import profile_layers
 from asga.search.space import LayerChoices, SpaceChoices
 from asga.steps import evaluate
 
@@ -63,8 +64,8 @@ def run(options: argparse.Namespace) -> None:
         check_policy(model, policy)
         profiles = profile_layers(model, example_inputs(train, None).to(options.device), names)
         choices = _choices_of(policy, names)
-        budget = policy.meta.get("budget")
-        limit = Budget(**budget).limits(profiles, choices).get("bitops") if budget else None
+        bitops = policy.meta.get("budget", {}).get("bitops")
+        limit = None if bitops is None else Budget(bitops=bitops).limits(profiles, choices)["bitops"]
         policies = {"searched": policy}
         for word in options.compare:
             policies[f"uniform {word}"] = choices.uniform(*parse_uniform(word))

@@ -8,7 +8,8 @@ from statistics import fmean
 import numpy as np
 
 from asga.policy import Policy, WeightBits
-from asga.search.result import LogProbabilities, SearchResult, best_policy
+from asga.search.result import SearchResult
+from asga.search.selection import LogProbabilities, best_policy
 from asga.search.space import SpaceChoices
 
 KINDS = ("weight", "act")
@@ -164,7 +165,12 @@ def consensus(results: Sequence[SearchResult]) -> SearchResult:
         for name in first.log_probs
     }
     policy = best_policy(
-        log_probs, first.choices, first.profiles, first.budget, {**first.policy.meta, "seeds": len(results)}
+        log_probs,
+        first.choices,
+        first.profiles,
+        first.budget,
+        {**first.policy.meta, "seeds": len(results)},
+        trained=first.trained,
     )
     expected = {metric: fmean(r.expected_cost[metric] for r in results) for metric in first.expected_cost}
     return replace(first, policy=policy, log_probs=log_probs, expected_cost=expected, history=[], uniform=None)

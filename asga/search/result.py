@@ -1,37 +1,58 @@
 """What a search found: probabilities of every candidate, from which any budget's policy is solved."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from asga._files import write_json
-from asga.policy import SMALL_FLOATS, Policy
+from asga.policy import Policy
 from asga.search.budget import Budget
 from asga.search.comparison import UniformComparison
-from asga.search.costs import Costs, LayerProfile, cost_tables, policy_costs
+from asga.search.costs import Costs, policy_costs
+from asga.search.groups import Group
 from asga.search.methods import TRAINED
-from asga.search.solver import solve
+from asga.search.profiles import LayerProfile
+from asga.search.selection import LogProbabilities, best_policy, candidate_counts
 from asga.search.space import LayerChoices, SpaceChoices
 
 # Below this difference of log-probabilities the better candidate is at most 1.1 times as likely as the next.
 TOSS_UP = 0.1
+# Version 2: small floats, groups, sizes of inputs, latencies. Version 1 is read as having none.
 _FORMAT, _VERSION = "asga.search", 2
 
 
-@dataclass(frozen=True)
-class LogProbabilities:
-    """Natural logarithms of the probabilities of one layer's candidates, in the order of its choices.
+class FarFromBudget(UserWarning):
+    """A policy for another budget of which the search says less than nothing; see `FrontierPoint.far`."""
 
-    Of methods without training they are scores, up to a constant: minus the estimated increases of the loss (or 0 for
-    the candidate chosen and -1 for the others, where the method is uniform or random).
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """A budget, and the policy for it that a search for another budget gives.
+
+    Args:
+        budget: The limits.
+        policy: The policy within them.
+        costs: Of the policy.
+        distance: By metric how far the limit is from the one that was trained for: 0.25 is a quarter above, -0.5 half
+            of it. For metrics that the search had no limit on, from what its policy costs.
+        log_prob: Of the policy, by the probabilities at the end of the search; None of methods without training.
+        far: The policy is less likely than if the search had learned nothing and all candidates were as likely, by more
+            than a toss-up (`TOSS_UP`) for each of its choices: what the search learned for its own budget speaks
+            against this policy. A search for this budget is due.
     """
 
-    weight: tuple[float, ...]
-    act: tuple[float, ...]
+    budget: Budget
+    policy: Policy
+    costs: Costs
+    distance: dict[str, float]
+    log_prob: float | None
+    far: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +86,7 @@ class SearchResult:
         """Whether the method trains, so that `log_probs` are probabilities."""
         return self.method in TRAINED
 
-    def policy_for(self, budget: Budget, meta: Mapping[str, object] | None = None) -> Policy:
+    def policy_for(self, budget: Budget, meta: Mapping[str, object] | None = None, *, spend: bool = True) -> Policy:
         """The best policy within another budget, from the same probabilities, without another search.
 
         The further a budget is from the one searched for, the less its probabilities know about it.
@@ -73,11 +94,61 @@ class SearchResult:
         Args:
             budget: The limits.
             meta: Further metadata of the policy, besides that of the policy found.
+            spend: Raise bits while budget is left; see `asga.search.selection.best_policy`.
+
+        Returns:
+            The policy. Its metadata says how far away the budget is: ``distance``, ``log_prob`` and ``far`` as in
+            `FrontierPoint`.
 
         Raises:
             InfeasibleBudgetError: No policy meets it; the message has the least cost that can be met.
+            ValueError: It limits what the profiles do not know.
+
+        Warns:
+            FarFromBudget: See `FrontierPoint.far`.
         """
-        return best_policy(self.log_probs, self.choices, self.profiles, budget, {**self.policy.meta, **(meta or {})})
+        point = self._point(budget, meta, spend)
+        if point.far:
+            warnings.warn(_far([point]), FarFromBudget, stacklevel=2)
+        return point.policy
+
+    def pareto(self, budgets: Iterable[Budget], *, spend: bool = True) -> list[FrontierPoint]:
+        """The best policies within several budgets, from the probabilities of this one search.
+
+        Args:
+            budgets: The limits, of any metrics.
+            spend: Raise bits while budget is left.
+
+        Returns:
+            A point for every budget, in their order.
+
+        Raises:
+            InfeasibleBudgetError: As `policy_for`, of the first budget that no policy meets.
+            ValueError: As `policy_for`.
+
+        Warns:
+            FarFromBudget: Points are far.
+        """
+        points = [self._point(budget, None, spend) for budget in budgets]
+        if far := [point for point in points if point.far]:
+            warnings.warn(_far(far), FarFromBudget, stacklevel=2)
+        return points
+
+    def distance(self, budget: Budget) -> dict[str, float]:
+        """How far a budget is from the one that was searched for; see `FrontierPoint`."""
+        limits, trained = (b.limits(self.profiles, self.choices) for b in (budget, self.budget))
+        trained = {**self.costs(self.policy).to_dict(), **trained}
+        return {metric: limit / trained[metric] - 1 for metric, limit in limits.items()}
+
+    def _point(self, budget: Budget, meta: Mapping[str, object] | None, spend: bool) -> FrontierPoint:
+        meta = {**self.policy.meta, **(meta or {})}
+        options = {"trained": self.trained, "spend": spend}
+        policy = best_policy(self.log_probs, self.choices, self.profiles, budget, meta, **options)
+        distance, log_prob = self.distance(budget), policy.meta["log_prob"] if self.trained else None
+        nothing_learned = [-math.log(count) for count in candidate_counts(self.choices)]
+        far = log_prob is not None and log_prob < math.fsum(nothing_learned) - TOSS_UP * len(nothing_learned)
+        policy = Policy(policy, {**policy.meta, "distance": distance, "far": far})
+        return FrontierPoint(budget, policy, self.costs(policy), distance, log_prob, far)
 
     def costs(self, policy: Policy) -> Costs:
         """Exact costs of a policy for the model that was searched."""
@@ -106,19 +177,19 @@ class SearchResult:
         }
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write everything but the history as JSON, of version 2 if a candidate is a small float, else of version 1."""
-        small = any(bits in SMALL_FLOATS for layer in self.choices.layers.values() for bits in layer.weight_bits)
+        """Write everything but the history as JSON."""
         write_json(
             path,
             {
                 "format": _FORMAT,
-                "version": 2 if small else 1,
+                "version": _VERSION,
                 "method": self.method,
                 "policy": self.policy.to_dict(),
                 "budget": self.budget.to_dict(),
                 "names": list(self.choices.names),
                 "skipped": self.choices.skipped,
                 "layers": {name: asdict(layer) for name, layer in self.choices.layers.items()},
+                "groups": [asdict(group) for group in self.choices.groups],
                 "profiles": [asdict(profile) for profile in self.profiles.values()],
                 "log_probs": {name: asdict(p) for name, p in self.log_probs.items()},
                 "expected_cost": self.expected_cost,
@@ -141,10 +212,11 @@ class SearchResult:
                 name: LayerChoices(tuple(c["weight_bits"]), tuple(c["act_bits"]), c["pinned"])
                 for name, c in data["layers"].items()
             }
+            groups = tuple(Group(**group) for group in data.get("groups", ()))
             return cls(
                 policy=Policy.from_dict(data["policy"]),
                 budget=Budget(**data["budget"]),
-                choices=SpaceChoices(layers, data["skipped"], tuple(data["names"])),
+                choices=SpaceChoices(layers, data["skipped"], tuple(data["names"]), groups),
                 profiles={p["name"]: LayerProfile(**p) for p in data["profiles"]},
                 log_probs={
                     name: LogProbabilities(tuple(p["weight"]), tuple(p["act"])) for name, p in data["log_probs"].items()
@@ -157,20 +229,14 @@ class SearchResult:
             raise ValueError(f"{path} is not a search result that this asga can read: {error!r}") from error
 
 
-def best_policy(
-    log_probs: Mapping[str, LogProbabilities],
-    choices: SpaceChoices,
-    profiles: Mapping[str, LayerProfile],
-    budget: Budget,
-    meta: Mapping[str, object] | None = None,
-) -> Policy:
-    """The policy of largest joint probability within a budget; see `asga.search.solver.solve`."""
-    limits = budget.limits(profiles, choices)
-    scores = {name: np.add.outer(p.weight, p.act) for name, p in log_probs.items()}
-    policy = choices.policy(solve(scores, cost_tables(profiles, choices), limits))
-    costs = asdict(policy_costs(profiles, policy))
-    facts = {"budget": budget.to_dict(), "limits": limits, "costs": costs}
-    return Policy(policy, {**(meta or {}), **facts})
+def _far(points: Iterable[FrontierPoint]) -> str:
+    budgets = []
+    for point in points:
+        budgets.append(f"{point.budget} ({', '.join(f'{distance:+.0%}' for distance in point.distance.values())})")
+    return (
+        f"far from the budget that was searched for: {'; '.join(budgets)}. The policy is less likely than if the "
+        f"search had learned nothing; a search for this budget is due"
+    )
 
 
 def _gap(log_probs: tuple[float, ...]) -> float:

@@ -18,12 +18,15 @@ from asga.runs import RunFolder
 from asga.search.baselines import uniform_pairs
 from asga.search.budget import Budget
 from asga.search.comparison import NotBetterThanUniform, UniformComparison
-from asga.search.costs import ExampleInputs, LayerProfile, cost_tables, profile_layers
+from asga.search.costs import cost_tables
 from asga.search.held_out import split_loader
+from asga.search.latency import LatencyTable
 from asga.search.methods import METHODS, TRAINED
+from asga.search.profiles import ExampleInputs, LayerProfile, profile_layers
 from asga.search.relaxation import check_relaxation
-from asga.search.result import SearchResult, best_policy
+from asga.search.result import SearchResult
 from asga.search.scoring import Scorer
+from asga.search.selection import best_policy
 from asga.search.solver import check_feasible
 from asga.search.space import SearchSpace
 from asga.search.trained import Search
@@ -68,6 +71,7 @@ class PolicySearcher:
             (`asga.search.scoring.Scorer`), and on which methods without training measure.
         example_inputs: What the target model will be fed, if not what the loader gives: costs are those at this
             resolution.
+        latency_table: What layers take on the target device, for budgets with a limit on the latency.
         loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits
             ``[B, classes]``; another one takes whatever logits and labels it is made for.
         autocast: Run the model under autocast to this dtype.
@@ -106,6 +110,7 @@ class PolicySearcher:
         calibration_batches: int = 4,
         measure_batches: int = 16,
         example_inputs: ExampleInputs | None = None,
+        latency_table: LatencyTable | None = None,
         loss_fn: LossFunction = functional.cross_entropy,
         autocast: torch.dtype | None = None,
         checkpoint_every: int = CHECKPOINT_EVERY,
@@ -132,14 +137,16 @@ class PolicySearcher:
             raise ValueError(f"temperature is {temperature}; it must fall and stay above zero")
         self.space = space if space is not None else SearchSpace()
         model = unwrapped(model)
-        self.choices = self.space.choices(model)
+        # Rules for groups run the model; without `example_inputs` they wait for the loader.
+        waits = self.space.runs_the_model and example_inputs is None
+        self.choices = None if waits else self.space.choices(model, _beside(model, example_inputs))
         self.model, self.budget, self.epochs, self.method = model, budget, epochs, method
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
         self.logit_lr, self.temperature, self.relaxation = logit_lr, temperature, relaxation
         self.held_out = held_out
         self.optimizer_options = dict(optimizer_options or {})
         self.calibration_batches, self.measure_batches = calibration_batches, measure_batches
-        self.example_inputs = example_inputs
+        self.example_inputs, self.latency_table = example_inputs, latency_table
         self.loss_fn, self.autocast = loss_fn, autocast
         self.checkpoint_every, self.folder, self.progress, self.stage = checkpoint_every, folder, progress, stage
         self.meta = ({} if self.space.target == "any" else {"deployment_target": self.space.target}) | dict(meta or {})
@@ -195,7 +202,8 @@ class PolicySearcher:
             started = time.perf_counter()
             log_probs = score_candidates(self, profiles, scorer, uniform)
             history = [{"stage": self.stage, "seconds": round(time.perf_counter() - started, 3)}]
-        policy = best_policy(log_probs, self.choices, profiles, self.budget, self.meta)
+        trained = self.method in TRAINED
+        policy = best_policy(log_probs, self.choices, profiles, self.budget, self.meta, trained=trained)
         pairs = {str(LayerPolicy(*pair)): scorer(choice) for pair, choice in uniform.items()}
         comparison = UniformComparison(scorer(policy), pairs)
         if comparison.better is False and self.method != "uniform":
@@ -249,19 +257,28 @@ class PolicySearcher:
         example = self.example_inputs
         if example is None:
             example = first_sample(first_batches(loader, 1)[0][0])
-        device = next(self.model.parameters()).device
-        profiles = profile_layers(self.model, to_device(example, device), self.choices.names)
+        example = _beside(self.model, example)
+        if self.choices is None:
+            self.choices = self.space.choices(self.model, example)
+        profiles = profile_layers(self.model, example, self.choices.names)
+        if self.latency_table is not None:
+            profiles = self.latency_table.add_to(profiles, self.choices)
         limits = self.budget.limits(profiles, self.choices)
-        check_feasible(cost_tables(profiles, self.choices), limits)
+        check_feasible(cost_tables(profiles, self.choices), limits, groups=self.choices.groups)
         if self.held_out is not None:
             split_loader(loader, self.held_out)
         return profiles, limits
 
     def _mixture(self, loader: Iterable[Batch]) -> nn.Module:
         """A copy of the model with all candidates in it, calibrated."""
-        mixed = prepare(self.model, self.space)
+        mixed = prepare(self.model, self.choices)
         calibrate(mixed, first_batches(loader, self.calibration_batches))
         return mixed
+
+
+def _beside(model: nn.Module, inputs: ExampleInputs | None) -> ExampleInputs | None:
+    """Inputs on the device of the model."""
+    return inputs if inputs is None else to_device(inputs, next(model.parameters()).device)
 
 
 def _check_classes(loader: Iterable[Batch]) -> None:

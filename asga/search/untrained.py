@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 from asga.policy import Policy
 from asga.search.baselines import random_choice
-from asga.search.costs import LayerProfile
 from asga.search.hessian import hessian_sensitivity
-from asga.search.result import LogProbabilities
+from asga.search.profiles import LayerProfile
 from asga.search.scoring import Scorer
+from asga.search.selection import LogProbabilities
 from asga.search.sensitivity import gradient_sensitivity
 from asga.search.solver import InfeasibleBudgetError
 from asga.search.space import SpaceChoices
@@ -43,10 +43,10 @@ def score_candidates(
         best = min(uniform, key=lambda pair: scorer(uniform[pair]).loss)
         return _only(options.choices, options.choices.uniform_choice(*best))
     if options.method == "hawq":
-        found = hessian_sensitivity(options.model, options.space, scorer.batches, loss_fn=options.loss_fn)
+        found = hessian_sensitivity(options.model, options.choices, scorer.batches, loss_fn=options.loss_fn)
     else:
         found = gradient_sensitivity(
-            options.model, options.space, scorer.batches, loss_fn=options.loss_fn, autocast=options.autocast
+            options.model, options.choices, scorer.batches, loss_fn=options.loss_fn, autocast=options.autocast
         )
     return {
         name: LogProbabilities(*(tuple(-value for value in values) for values in increase))

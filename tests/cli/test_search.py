@@ -9,7 +9,7 @@ import pytest
 import asga
 from asga.cli import main
 from asga.cli.console import Console
-from asga.search import SearchResult, consensus, policy_agreement
+from asga.search import LatencyTable, SearchResult, consensus, policy_agreement
 
 
 def without_times(path) -> list[dict]:
@@ -69,6 +69,20 @@ class TestRunFolder:
         assert found.profiles["conv1"].macs == 16 * 16 * 4 * 3 * 9
         diagnostics = [line for line in without_times(tmp_path / "run") if line.get("stage") == "search/seed0"]
         assert any("rho" in line for line in diagnostics) is (method == "asga")
+
+    def test_budgets_of_memory_and_latency_and_groups(self, run, search_arguments, tmp_path):
+        bits = (2, 3, 4, 6, 8)
+        names = ("conv1", "conv2", "conv3", "fc")
+        LatencyTable({(n, w, a): w * a for n in names for w in bits for a in bits}).to_csv("table.csv")
+        status, out, err = run(
+            *search_arguments,
+            *("--budget", "act_memory=a6, latency=150ns", "--latency-table", "table.csv", "--groups", "residual,qkv"),
+        )
+        assert (status, err) == (0, "")
+        found = SearchResult.load(tmp_path / "run" / "search.json")
+        assert found.costs(found.policy).latency_ns <= 150
+        assert "act_memory_bits: policy" in out
+        assert "before bits were raised" in out
 
     @pytest.mark.parametrize("method", ["sensitivity", "hawq", "uniform", "random"])
     def test_without_training(self, run, search_arguments, tmp_path, method):
@@ -310,7 +324,10 @@ class TestBadInput:
             (("--budget", "bitops=1000"), "least possible"),
             (("--budget", "bitops=w9a9"), "bits from 2 to 8 are supported"),
             (("--budget", "w4a4"), "'w4a4' is not a budget such as bitops=w4a4"),
-            (("--budget", "latency=3ms"), "'latency=3ms' is not a budget"),
+            (("--budget", "energy=3J"), "'energy=3J' is not a budget such as"),
+            (("--budget", "latency=3ms"), "a limit on latency needs a latency table"),
+            (("--latency-table", "nowhere.csv"), "no latency table at 'nowhere.csv'"),
+            (("--groups", "residuals"), "'residuals', which is no rule; rules are residual, qkv, depthwise"),
             (("--budget", "bitops=w4a4,bitops=w2a2"), "is not a budget"),
             (("--budget", "bitops"), "bitops is ''"),
             (("--budget", ""), "is not a budget"),

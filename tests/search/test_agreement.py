@@ -8,8 +8,10 @@ import pytest
 from asga.policy import LayerPolicy, Policy
 from asga.search.agreement import PairAgreement, consensus, policy_agreement, searched_choices
 from asga.search.budget import Budget
-from asga.search.costs import LayerProfile, policy_costs
-from asga.search.result import LogProbabilities, SearchResult, best_policy
+from asga.search.costs import policy_costs
+from asga.search.profiles import LayerProfile
+from asga.search.result import SearchResult
+from asga.search.selection import LogProbabilities, best_policy
 from asga.search.solver import InfeasibleBudgetError
 from asga.search.space import LayerChoices, SpaceChoices
 

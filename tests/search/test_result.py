@@ -1,12 +1,16 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from asga.policy import LayerPolicy
 from asga.search.budget import Budget
-from asga.search.costs import LayerProfile, policy_costs
-from asga.search.result import LogProbabilities, SearchResult, best_policy
+from asga.search.costs import policy_costs
+from asga.search.groups import Group
+from asga.search.profiles import LayerProfile
+from asga.search.result import TOSS_UP, FarFromBudget, SearchResult
+from asga.search.selection import LogProbabilities, best_policy
 from asga.search.solver import InfeasibleBudgetError
 from asga.search.space import LayerChoices, SpaceChoices
 
@@ -60,6 +64,7 @@ def result() -> SearchResult:
     return SearchResult(policy, budget, CHOICES, PROFILES, LOG_PROBS, {"bitops": 1.01}, [{"epoch": 1}])
 
 
+@pytest.mark.filterwarnings("ignore::asga.search.FarFromBudget")
 class TestPolicyFor:
     @pytest.mark.parametrize("budget", BUDGETS, ids=str)
     def test_meets_the_budget(self, result, budget):
@@ -72,8 +77,10 @@ class TestPolicyFor:
         assert policy["stem"] == LayerPolicy(8, 8)
         assert policy["odd"] == LayerPolicy(None, None)
 
-    def test_ample_budget_gives_the_likeliest(self, result):
-        policy = result.policy_for(Budget(bitops="w8a8"))
+    def test_ample_budget_gives_all_bits_or_the_likeliest(self, result):
+        most = {"stem": (0, 0), "body.0": (2, 2), "body.1": (2, 0), "body.2": (2, 2)}
+        assert result.policy_for(Budget(bitops="w8a8")) == CHOICES.policy(most)
+        policy = result.policy_for(Budget(bitops="w8a8"), spend=False)
         assert policy == result.most_likely()
         bits = {name: (layer.weight_bits, layer.act_bits) for name, layer in policy.items()}
         assert bits["body.0"] == (4, 8)
@@ -95,6 +102,67 @@ class TestPolicyFor:
         assert f"{least:,}" in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore::asga.search.FarFromBudget")
+class TestFrontier:
+    def test_points_are_the_policies_of_their_budgets(self, result):
+        points = result.pareto(BUDGETS)
+        assert [point.budget for point in points] == BUDGETS
+        for point in points:
+            assert point.policy == result.policy_for(point.budget)
+            assert point.costs == result.costs(point.policy)
+            assert point.policy.meta["distance"] == point.distance == result.distance(point.budget)
+            assert (point.policy.meta["log_prob"], point.policy.meta["far"]) == (point.log_prob, point.far)
+
+    def test_more_budget_is_never_less_likely_before_it_is_spent(self, result):
+        points = result.pareto([Budget(bitops=f"{share}*w4a4") for share in (0.55, 0.7, 0.9, 1.3, 3)], spend=False)
+        log_probs = [point.log_prob for point in points]
+        assert log_probs == sorted(log_probs)
+        assert log_probs[-1] == pytest.approx(math.log(0.6 * 0.49 * 0.5 * 0.9 * 0.8))
+
+    def test_distance(self, result):
+        assert result.distance(Budget(bitops="1.5*w4a4")) == {"bitops": 0.5}
+        # The search had no limit on the size: how far it is from what its policy takes.
+        size = result.costs(result.policy).size_bits
+        assert result.distance(Budget(bitops="w4a4", size=size // 16)) == {
+            "bitops": 0.0,
+            "size_bits": pytest.approx(-0.5, abs=0.01),
+        }
+
+    def test_impossible(self, result):
+        with pytest.raises(InfeasibleBudgetError, match="least possible"):
+            result.pareto([Budget(bitops="w4a4"), Budget(bitops=1000)])
+
+    def test_methods_without_training_have_no_probability(self, result):
+        point = replace(result, method="hawq").pareto([BUDGETS[1]])[0]
+        assert (point.log_prob, point.far) == (None, False)
+
+
+class TestFarFromTheBudget:
+    def test_warns_where_the_search_speaks_against_the_policy(self, result):
+        """Weights of 2 bits, which have 0.1, 0.2 and 0.05, and the likeliest inputs, which have 0.49 and 0.8."""
+        assert (1 / 3) ** 5 * math.exp(-5 * TOSS_UP) > 0.1 * 0.2 * 0.05 * 0.49 * 0.8
+        with pytest.warns(FarFromBudget, match=r"size <= w2 \(-\d+%\)\. The policy is less likely") as caught:
+            policy = result.policy_for(Budget(size="w2"))
+        assert policy.meta["far"]
+        assert caught[0].filename == __file__
+
+    def test_one_warning_for_all_points(self, result):
+        with pytest.warns(FarFromBudget) as caught:
+            points = result.pareto([BUDGETS[0], Budget(size="w2"), Budget(bitops="0.55*w4a4")])
+        assert [point.far for point in points] == [False, True, True]
+        assert len(caught) == 1
+        assert all(str(point.budget) in str(caught[0].message) for point in points[1:])
+
+    def test_silent_near_it_and_before_anything_is_learned(self, result, recwarn):
+        result.policy_for(BUDGETS[0])
+        even = {
+            name: LogProbabilities(logs(*[1 / len(p.weight)] * len(p.weight)), logs(*[1 / len(p.act)] * len(p.act)))
+            for name, p in LOG_PROBS.items()
+        }
+        replace(result, log_probs=even).pareto(BUDGETS)
+        assert not recwarn.list
+
+
 class TestFindings:
     def test_cost_shares(self, result):
         shares = result.cost_shares(CHOICES.uniform(4, 4))
@@ -110,6 +178,7 @@ class TestFindings:
 
 
 class TestFile:
+    @pytest.mark.filterwarnings("ignore::asga.search.FarFromBudget")
     def test_round_trip(self, result, tmp_path):
         result.save(tmp_path / "search.json")
         loaded = SearchResult.load(tmp_path / "search.json")
@@ -123,29 +192,57 @@ class TestFile:
             assert loaded.policy_for(budget) == result.policy_for(budget)
             assert loaded.policy_for(budget).meta == result.policy_for(budget).meta
 
-    def test_small_floats_are_of_version_2(self, result, tmp_path):
+    @pytest.mark.filterwarnings("ignore::asga.search.FarFromBudget")
+    def test_groups_and_latencies_are_in_it(self, tmp_path):
+        """So that policies for other latencies need no other file."""
+        layers = {"a": LayerChoices((4, 8), (4, 8)), "b": LayerChoices((4, 8), (4, 8))}
+        times = ((4, 4, 5), (4, 8, 6), (8, 4, 7), (8, 8, 9))
+        profiles = {name: LayerProfile(name, "Linear", 9, 9, 3, 50, times) for name in layers}
+        choices = SpaceChoices(layers, {}, tuple(layers), (Group(("a", "b"), "act"),))
+        log_probs = dict.fromkeys(layers, LogProbabilities(logs(0.4, 0.6), logs(0.3, 0.7)))
+        policy = best_policy(log_probs, choices, profiles, Budget(latency="15ns"))
+        SearchResult(policy, Budget(latency="15ns"), choices, profiles, log_probs).save(tmp_path / "search.json")
+        loaded = SearchResult.load(tmp_path / "search.json")
+        assert (loaded.policy, loaded.choices, loaded.profiles) == (policy, choices, profiles)
+        other = loaded.policy_for(Budget(latency="12ns", act_memory="25B"))
+        assert other.meta["costs"]["latency_ns"] == 12
+        assert {layer.act_bits for layer in other.values()} == {4}
+
+    def test_version_1_is_read(self, result, tmp_path):
+        """It has no groups, methods, sizes of inputs and latencies."""
         path = tmp_path / "search.json"
         result.save(path)
-        assert json.loads(path.read_text())["version"] == 1
+        data = json.loads(path.read_text())
+        for key in ("groups", "method", "uniform"):
+            del data[key]
+        for profile in data["profiles"]:
+            del profile["in_numel"], profile["latency_ns"]
+        path.write_text(json.dumps({**data, "version": 1}))
+        loaded = SearchResult.load(path)
+        assert (loaded.policy, loaded.choices, loaded.profiles) == (result.policy, CHOICES, PROFILES)
+        with pytest.raises(ValueError, match="a limit on act_memory needs sizes of inputs"):
+            loaded.policy_for(Budget(act_memory="1kB"))
+
+    def test_small_floats(self, tmp_path):
+        path = tmp_path / "search.json"
         layers = CHOICES.layers | {"body.1": LayerChoices((2, "fp4", 8), (None,))}
         choices = SpaceChoices(layers, CHOICES.skipped, CHOICES.names)
         policy = best_policy(LOG_PROBS, choices, PROFILES, Budget(size="w4"))
         floats = SearchResult(policy, Budget(size="w4"), choices, PROFILES, LOG_PROBS)
         assert policy["body.1"].weight_bits == "fp4"
         floats.save(path)
-        assert json.loads(path.read_text())["version"] == 2
         loaded = SearchResult.load(path)
         assert (loaded.policy, loaded.choices) == (policy, choices)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"format": "asga.policy"}, r"format 'asga\.policy' version 1 is not known"),
+            ({"format": "asga.policy"}, r"format 'asga\.policy' version 2 is not known"),
             ({"version": 3}, "version 3 is not known"),
             ({"version": None}, "not a search result"),
             ({"layers": {"stem": {}}}, "weight_bits"),
             ({"log_probs": None}, "not a search result"),
-            ({"budget": {"latency": 3}}, "latency"),
+            ({"budget": {"energy": 3}}, "energy"),
             ({"policy": {"format": "asga.policy", "version": 9}}, "newer asga"),
         ],
         ids=["format", "newer", "no version", "layers", "probabilities", "budget", "policy"],

@@ -10,11 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import asga
-from asga import Budget, InfeasibleBudgetError, PolicySearcher, SearchSpace
+from asga import Budget, InfeasibleBudgetError, LatencyTable, PolicySearcher, SearchSpace
+from asga.models import resnet20
 from asga.policy import LayerPolicy
 from asga.runs import RunFolder
 from asga.search.comparison import NotBetterThanUniform
 from asga.search.costs import policy_costs
+from asga.search.groups import Group
 from asga.search.held_out import split_loader
 from asga.steps import TrainingError
 
@@ -53,6 +55,7 @@ class TestBudget:
         assert result.cost_shares(result.policy).keys() == limits.keys() == result.expected_cost.keys()
         assert result.policy.meta["limits"] == limits
 
+    @pytest.mark.filterwarnings("ignore::asga.search.FarFromBudget")
     def test_other_budgets_from_the_same_run(self, tiny_net, labeled_batches, tmp_path):
         result = search(tiny_net(), labeled_batches())
         result.save(tmp_path / "search.json")
@@ -113,12 +116,60 @@ class TestBudget:
         assert len(taken) <= 1
         assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
+    @pytest.mark.parametrize("method", ["sgd", "sensitivity", "random"])
+    def test_activation_memory_and_latency(self, tiny_net, labeled_batches, method):
+        names, bits = SearchSpace().choices(tiny_net()).names, (2, 3, 4, 6, 8)
+        # Twice as long for twice the product of the bits, whatever the layer.
+        table = LatencyTable({(name, w, a): 1000 * w * a for name in names for w in bits for a in bits})
+        budget = Budget(act_memory="a4", latency="0.9*w4a4", size="w6")
+        result = search(tiny_net(), labeled_batches(), budget=budget, method=method, latency_table=table)
+        costs = result.costs(result.policy)
+        assert costs.latency_ns == sum(1000 * layer.weight_bits * layer.act_bits for layer in result.policy.values())
+        assert costs.latency_ns <= 0.9 * (2 * 64_000 + 2 * 16_000)
+        assert costs.act_memory_bits == max(64 * 8, result.policy["conv2"].act_bits * 256) <= 1024
+        assert result.cost_shares(result.policy).keys() == {"act_memory_bits", "latency_ns", "size_bits"}
+
+    def test_a_table_that_lacks_entries_is_refused_before_any_training(self, tiny_net, labeled_batches):
+        table = LatencyTable({("conv1", 8, 8): 1})
+        with pytest.raises(ValueError, match="the latency table lacks 51 entries of the search space"):
+            search(tiny_net(), labeled_batches(), budget=Budget(latency=1), latency_table=table, progress=pytest.fail)
+        with pytest.raises(ValueError, match="a limit on latency needs a latency table"):
+            search(tiny_net(), labeled_batches(), budget=Budget(latency=1), progress=pytest.fail)
+
     def test_costs_at_the_resolution_of_the_target(self, tiny_net, labeled_batches):
         small = search(tiny_net(), labeled_batches(side=8))
         large = search(tiny_net(), labeled_batches(side=8), example_inputs=torch.zeros(1, 1, 16, 16))
         assert large.profiles["conv2"].macs == 4 * small.profiles["conv2"].macs
         assert large.profiles["fc"].macs == small.profiles["fc"].macs
         assert large.costs(large.policy).bitops <= W4A4.limits(large.profiles, large.choices)["bitops"]
+
+
+class TestGroups:
+    SPACE = SearchSpace(first_last=None, groups=[["conv2", "conv3"], Group(["conv1", "fc"], "act")])
+
+    @pytest.mark.filterwarnings("ignore::asga.search.FarFromBudget")
+    @pytest.mark.parametrize("method", ["asga", "sensitivity", "hawq", "random", "uniform"])
+    def test_layers_of_a_group_have_the_same_bits(self, tiny_net, labeled_batches, method):
+        result = search(tiny_net(), labeled_batches(), self.SPACE, budget=Budget(bitops="0.9*w4a4"), method=method)
+        assert result.policy["conv2"] == result.policy["conv3"]
+        assert result.policy["conv1"].act_bits == result.policy["fc"].act_bits
+        if method == "asga":
+            assert result.log_probs["conv2"] == result.log_probs["conv3"]
+            assert len(set(result.log_probs["conv2"].weight)) == 5
+        other = result.policy_for(Budget(size="w5"))
+        assert other["conv2"] == other["conv3"]
+
+    @pytest.mark.parametrize("given", [False, True], ids=["no example_inputs", "example_inputs"])
+    def test_rules(self, labeled_batches, given):
+        torch.manual_seed(0)
+        model = resnet20(num_classes=3, in_channels=1)
+        space = SearchSpace(weight_bits=(2, 4), act_bits=(2, 4), groups=["residual"])
+        example = {"example_inputs": torch.zeros(1, 1, 8, 8)} if given else {}
+        searcher = PolicySearcher(model, space, budget=W4A4, **example)
+        profiles, _ = searcher.check(labeled_batches())
+        assert [len(group.layers) for group in searcher.choices.groups] == [5, 4, 2]
+        assert len(searcher.start(labeled_batches()).relaxation.logits) == 2 * 20 - (4 + 3 + 1)
+        assert list(profiles) == list(searcher.choices.names)
 
 
 class TestResult:
