@@ -36,23 +36,20 @@ SMOKE_VALUES = "[-1.0, -0.5, 0.0, 0.5] 7"
 
 class TestImport:
     CODE = """
-import sys, time, torch
-initialized, loaded, start = torch.cuda.is_initialized(), set(sys.modules), time.perf_counter()
+import sys, torch
+initialized, loaded = torch.cuda.is_initialized(), set(sys.modules)
 import asga
-print(time.perf_counter() - start, torch.cuda.is_initialized() > initialized, *sorted(set(sys.modules) - loaded))
+print(torch.cuda.is_initialized() > initialized, *sorted(set(sys.modules) - loaded))
 """
-    # Of the extras, and what is slow: all of these are imported by the function that needs them.
-    LATE = ("triton", "matplotlib", "scipy", "sklearn", "PIL", "jinja2", "rich", "torchvision", "onnx", "torch._dynamo")
 
     def test_starts_no_cuda_and_loads_nothing_that_can_wait(self, run_python):
-        _, starts_cuda, *modules = run_python(self.CODE).split()
+        """What extras bring, and torch's compiler, is imported by the function that needs it."""
+        starts_cuda, *modules = run_python(self.CODE).split()
         assert starts_cuda == "False"
         assert "asga.ops" in modules
-        assert [name for name in modules if f"{name}.".startswith(tuple(f"{late}." for late in self.LATE))] == []
-
-    def test_adds_less_than_300_ms_to_import_torch(self, run_python):
-        """The best of five: a requirement on the package, not a measurement of the machine."""
-        assert min(float(run_python(self.CODE).split()[0]) for _ in range(5)) < 0.3
+        packages = {name.partition(".")[0] for name in modules if "cython" not in name}  # the runtime of numpy's own
+        assert packages - sys.stdlib_module_names <= {"asga", "torch", "numpy"}
+        assert not any(f"{name}.".startswith(("torch._dynamo.", "torch._inductor.")) for name in modules)
 
 
 class TestSetup:
