@@ -37,8 +37,9 @@ help:  ## Show these lines.
 demo: $(VENV)/demo.stamp  ## Search a policy on digits, carry it to other digits, print the table (about 5 minutes).
 	$(BIN)/asga demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
+# In two processes: most tests keep one core busy, and torch's threads would only wait for each other.
 test: $(VENV)/test.stamp  ## Run the tests.
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST)
 
 # From that folder Python finds the package built for it; the processes that tests start inherit all of this. Without
 # its sanitizers' runtime the library would not load, which ASGA_BACKEND=cpu makes an error. ASGA_CPU_ISA=baseline

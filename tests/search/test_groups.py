@@ -61,7 +61,11 @@ class TestResidual:
 
         assert groups_of(Net(), "residual", torch.zeros(1, 4, 8, 8)) == {("b", "c"): "act"}
 
-    @pytest.mark.parametrize("between", [functional.silu, functional.avg_pool2d, "norm", "scale"], ids=str)
+    @pytest.mark.parametrize(
+        "between",
+        [functional.silu, functional.avg_pool2d, "norm", "scale"],
+        ids=["silu", "avg_pool2d", "norm", "scale"],
+    )
     def test_what_computes_new_values_ends_a_stream(self, between):
         class Net(nn.Module):
             def __init__(self):

@@ -1,0 +1,270 @@
+"""The methods of the searcher side by side: CIFAR-10 as proxy, Tiny-ImageNet32-100 as target.
+
+    python -m asga.bench.transfer_study --proxy imagefolder:CIFAR10 --target imagefolder:TINY --out runs/study
+
+A study is a grid of model x budget x method x seed. Every cell searches a policy on the proxy, from a float model that
+all cells of a model share, and fine-tunes it on the target, from a float model that they share too, in an order of
+images that only the seed decides: differences between two methods are paired by seed. Every policy is fine-tuned by
+plain SGD, so that only the policies differ; equal policies of one seed are fine-tuned once.
+
+Cells are written as they finish; the same command goes on with what is missing. ``study.json`` in the folder has every
+cell, ``study.md`` the table.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import asga
+from asga._files import save_tensors, write_atomic, write_json
+from asga.bench.machine import machine_facts
+from asga.data import Batches, open_dataset
+from asga.models import build_model
+from asga.search import Budget, PolicySearcher, SearchResult, policy_agreement, searched_choices
+from asga.steps import evaluate
+from asga.transfer import TransferTrainer
+
+METHODS = ("sgd", "asga", "sam", "aligned", "sensitivity", "hawq", "random", "uniform")
+_BATCH = 128
+# As for `asga search` and `asga transfer`; float models are trained by the recipe of asga.cli.pipeline.
+_FLOAT_EPOCHS, _SEARCH_EPOCHS, _TRANSFER_EPOCHS = 15, 5, 3
+_FLOAT_LR, _FLOAT_WEIGHT_DECAY = 0.1, 5e-4
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing of a study, and write its table.
+
+    Args:
+        arguments: Without the program's name; None: those of the process.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--proxy", required=True)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=["resnet20", "mobilenet_v2"])
+    parser.add_argument("--budgets", nargs="+", default=["w3a3", "w2a3"], help="of BitOps")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--limit", type=int, default=20_000, help="images of each dataset to train on")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--only-search", action="store_true", help="leave the fine-tuning to a later call")
+    parser.add_argument("--only-table", action="store_true", help="train nothing: the table of what is there")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.only_table:
+        for model in options.models:
+            _Study(options, model).run()
+    _summarize(options.out)
+
+
+class _Study:
+    """The cells of one model."""
+
+    def __init__(self, options: argparse.Namespace, model: str) -> None:
+        self._options, self._model, self._out = options, model, options.out
+        self._autocast = torch.bfloat16 if options.precision == "bfloat16" else None
+        self._proxy = _batches(options.proxy, "train", options.limit)
+        self._target = _batches(options.target, "train", options.limit)
+        self._target_val = _batches(options.target, "val", None, like=self._target)
+
+    def run(self) -> None:
+        proxy_model = self._float_model("proxy", self._proxy)
+        target_model = self._float_model("target", self._target)
+        cells = [
+            (budget, method, seed)
+            for budget in self._options.budgets
+            for seed in self._options.seeds
+            for method in self._options.methods
+        ]
+        for budget, method, seed in cells:
+            result = self._search(proxy_model, budget, method, seed)
+            if not self._options.only_search:
+                self._transfer(target_model, result, budget, method, seed)
+                _summarize(self._out)
+
+    def _float_model(self, name: str, train: Batches) -> nn.Module:
+        """Trained once; seed 0."""
+        torch.manual_seed(0)
+        options = {} if self._model == "resnet20" else {"small_images": True}
+        model = build_model(self._model, train.dataset.num_classes, train.dataset.image_shape[0], **options)
+        model = model.to(memory_format=torch.channels_last)
+        path = self._out / f"{self._model}-{name}.pt"
+        if path.exists():
+            model.load_state_dict(torch.load(path, weights_only=True))
+            return model
+        trainer = TransferTrainer(
+            model,
+            epochs=_FLOAT_EPOCHS,
+            method="sgd",
+            lr=_FLOAT_LR,
+            weight_decay=_FLOAT_WEIGHT_DECAY,
+            autocast=self._autocast,
+            progress=_Printed(f"{self._model} float {name}"),
+        )
+        trainer.fit(train)
+        save_tensors(path, model.state_dict())
+        spec = self._options.proxy if name == "proxy" else self._options.target
+        found = evaluate(model, _batches(spec, "val", None, like=train), autocast=self._autocast)
+        write_json(self._out / f"{self._model}-{name}.json", {"model": self._model, "data": name, **asdict(found)})
+        return model
+
+    def _search(self, model: nn.Module, budget: str, method: str, seed: int) -> SearchResult:
+        name = f"{self._model}-{budget}-{method}-seed{seed}"
+        path = self._out / f"{name}.search.json"
+        if path.exists():
+            return SearchResult.load(path)
+        torch.manual_seed(seed)
+        searcher = PolicySearcher(
+            model,
+            budget=Budget(bitops=budget),
+            epochs=_SEARCH_EPOCHS,
+            method=method,
+            autocast=self._autocast,
+            progress=_Printed(name),
+            meta={"architecture": self._model, "method": method, "seed": seed},
+        )
+        result = searcher.fit(self._proxy.with_seed(seed))
+        write_json(self._out / f"{name}.history.json", {"history": result.history})
+        result.save(path)
+        return result
+
+    def _transfer(self, model: nn.Module, result: SearchResult, budget: str, method: str, seed: int) -> None:
+        # The policy is solved anew from the probabilities: those of an earlier call may have had another solver.
+        policy = result.policy_for(Budget(bitops=budget))
+        path = self._out / f"{self._model}-{budget}-{method}-seed{seed}.cell.json"
+        bits = " ".join(f"{layer.weight_bits}/{layer.act_bits}" for layer in policy.values())
+        if path.exists() and _read(path)["policy"] == bits:
+            return
+        same = [c for c in _cells(self._out) if (c["model"], c["seed"], c["policy"]) == (self._model, seed, bits)]
+        if same:
+            found = {key: same[0][key] for key in ("top1", "loss")}
+        else:
+            torch.manual_seed(seed)
+            trainer = TransferTrainer(
+                asga.quantize(model, policy).to(memory_format=torch.channels_last),
+                epochs=_TRANSFER_EPOCHS,
+                method="sgd",
+                autocast=self._autocast,
+                progress=_Printed(f"{path.name.removesuffix('.cell.json')} on the target"),
+            )
+            evaluation = trainer.fit(self._target.with_seed(seed), self._target_val).evaluation
+            found = {"top1": evaluation.top1, "loss": evaluation.loss}
+        history = self._out / path.name.replace(".cell.", ".history.")
+        (share,) = result.cost_shares(policy).values()
+        last = (_read(history)["history"] or [{}])[-1] if history.exists() else {}
+        radius = {key: last[key] for key in ("rho", "h", "share_at_rho_min", "share_at_rho_max") if key in last}
+        write_json(
+            path,
+            {
+                "model": self._model,
+                "budget": budget,
+                "method": method,
+                "seed": seed,
+                **found,
+                "budget_share": share,
+                "expected_share": result.expected_cost.get("bitops"),
+                "radius": radius,
+                "policy": bits,
+            },
+        )
+
+
+class _Printed:
+    """A line for every epoch."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._started = name, time.perf_counter()
+
+    def __call__(self, progress: object) -> None:
+        if progress.step == progress.steps:
+            numbers = ", ".join(f"{key} {value:.3f}" for key, value in progress.metrics.items())
+            seconds = time.perf_counter() - self._started
+            print(f"{self._name}: epoch {progress.epoch}/{progress.epochs}, {numbers}, {seconds:.0f} s", flush=True)
+
+
+def _batches(spec: str, split: str, limit: int | None, like: Batches | None = None) -> Batches:
+    dataset = open_dataset(spec, split, limit=limit)
+    if like is None:
+        return Batches(dataset, _BATCH, shuffle=True, augment=True)
+    return Batches(dataset, 500, shuffle=False, augment=False, mean=like.mean, std=like.std)
+
+
+def _cells(out: Path) -> Iterator[dict[str, object]]:
+    return map(_read, sorted(out.glob("*.cell.json")))
+
+
+def _read(path: Path) -> dict[str, object]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _summarize(out: Path) -> None:
+    """``study.json`` and ``study.md``: every cell, and means with the spread over seeds."""
+    cells = list(_cells(out))
+    floats = [_read(path) for path in sorted((*out.glob("*-proxy.json"), *out.glob("*-target.json")))]
+    write_json(out / "study.json", {"machine": machine_facts(), "float": floats, "cells": cells})
+    groups: dict[tuple[str, str], dict[str, dict[int, Mapping[str, object]]]] = {}
+    for cell in cells:
+        by_method = groups.setdefault((cell["model"], cell["budget"]), {})
+        by_method.setdefault(cell["method"], {})[cell["seed"]] = cell
+    lines = []
+    for (model, budget), by_method in groups.items():
+        lines += [f"### {model}, BitOps of {budget}", "", _HEAD]
+        for method in sorted(by_method, key=lambda m: METHODS.index(m) if m in METHODS else len(METHODS)):
+            agreement = _agreement(out, f"{model}-{budget}-{method}", by_method[method])
+            lines.append(_row(method, by_method[method], by_method.get("uniform", {}), agreement))
+        lines.append("")
+    write_atomic(out / "study.md", "\n".join(lines))
+
+
+_HEAD = (
+    "| method | seeds | target top-1 | target loss | loss minus that of uniform, paired | of the budget "
+    "| seeds agree (chance, p) |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
+def _agreement(out: Path, name: str, seeds: Iterable[int]) -> str:
+    """Share of equal choices between the policies of the seeds, what chance would give, and how likely that is."""
+    results = {f"seed{seed}": SearchResult.load(out / f"{name}-seed{seed}.search.json") for seed in seeds}
+    if len(results) < 2:
+        return ""
+    choices = searched_choices(next(iter(results.values())).choices)
+    found = policy_agreement({seed: result.policy for seed, result in results.items()}, choices)
+    return f"{100 * found.equal:.0f} % ({100 * found.chance:.0f} %, {found.p_value:.4f})"
+
+
+def _row(
+    method: str,
+    cells: Mapping[int, Mapping[str, object]],
+    uniform: Mapping[int, Mapping[str, object]],
+    agreement: str,
+) -> str:
+    paired = [cell["loss"] - uniform[seed]["loss"] for seed, cell in cells.items() if seed in uniform]
+    top1 = [100 * cell["top1"] for cell in cells.values()]
+    shares = [100 * cell["budget_share"] for cell in cells.values()]
+    columns = [
+        method,
+        str(len(cells)),
+        f"{_spread(top1, 2)} %",
+        _spread([cell["loss"] for cell in cells.values()], 4),
+        _spread(paired, 4) if paired and method != "uniform" else "",
+        f"{_spread(shares, 1)} %",
+        agreement,
+    ]
+    return f"| {' | '.join(columns)} |"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The study of search methods, on a few digits."""
+
+import json
+
+import pytest
+
+from asga.bench import transfer_study
+from asga.search import scoring
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Runs a study of one epoch each and returns its cells."""
+    for name in ("_FLOAT_EPOCHS", "_SEARCH_EPOCHS", "_TRANSFER_EPOCHS"):
+        monkeypatch.setattr(transfer_study, name, 1)
+    monkeypatch.setattr(transfer_study, "_BATCH", 20)
+    monkeypatch.setattr(scoring, "_TUNING_STEPS", 1)
+
+    def run(*arguments: str) -> list[dict[str, object]]:
+        data = ["--proxy", "digits", "--target", "digits", "--limit", "40", "--precision", "float32"]
+        folder = ["--out", str(tmp_path), "--models", "resnet20", "--budgets", "w3a3"]
+        transfer_study.main([*data, *folder, *arguments])
+        return json.loads((tmp_path / "study.json").read_text())["cells"]
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:the policy is not better than uniform bits")
+def test_cells_are_paired_and_run_once(study, tmp_path, capsys):
+    cells = study("--methods", "uniform", "sgd", "--seeds", "0", "1")
+    assert [(cell["method"], cell["seed"]) for cell in cells] == [
+        ("sgd", 0),
+        ("sgd", 1),
+        ("uniform", 0),
+        ("uniform", 1),
+    ]
+    assert all(cell["budget_share"] <= 1 and 0 <= cell["top1"] <= 1 for cell in cells)
+    rows = (tmp_path / "study.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows if row.startswith("| ")] == ["method", "sgd", "uniform"]
+    capsys.readouterr()
+    assert study("--methods", "uniform", "sgd", "--seeds", "0", "1") == cells
+    assert capsys.readouterr().out == ""  # nothing was trained again
+
+
+@pytest.mark.filterwarnings("ignore:the policy is not better than uniform bits")
+def test_equal_policies_of_a_seed_share_their_fine_tuning(study, capsys):
+    cells = study("--methods", "uniform", "--seeds", "0", "--budgets", "w3a3", "1.001*w3a3")
+    assert cells[0]["policy"] == cells[1]["policy"]
+    assert cells[0]["loss"] == cells[1]["loss"]
+    assert capsys.readouterr().out.count("on the target") == 1
