@@ -109,6 +109,7 @@ def _asga(tensors: Tensors) -> Stepper:
         ops.sam_sgd.default(*lists, coefficients, None, LR, MOMENTUM, WEIGHT_DECAY, False)
 
     def step() -> None:
+        # These gradients live on, so asga copies g0: one write more than after a backward pass.
         tensors.give(tensors.first)
         optimizer.first_step(loss)
         tensors.give(tensors.second)
