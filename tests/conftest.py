@@ -17,6 +17,10 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tests in several processes: their threads would wait for each other's cores, which took some of them 20 times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 RunPython = Callable[..., str]
 LabeledBatches = Callable[..., list[tuple[Tensor, Tensor]]]
 
