@@ -1,5 +1,6 @@
 """docs/optimizer.md: every code block is run, and what it says of existing loops is counted and compared."""
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -130,6 +131,7 @@ def test_block_trains(block, tmp_path, monkeypatch):
         assert report["steps"] == (2 if "micro_batches" in block.code else 4)
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="forked ranks hang at times: run this file alone")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_blocks_train_the_same_weights_on_two_ranks(run_python):
     script = ON_TWO_RANKS.format(setup=SETUP.code, blocks={block.number: block.code for block in SEVERAL})
@@ -176,6 +178,7 @@ if dist.get_rank() == 0:
 """
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="forked ranks hang at times: run this file alone")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_a_distributed_checkpoint_resumes_bit_for_bit(run_python, tmp_path):
     (block,) = [block for block in SEVERAL if "dcp.save" in block.code]
