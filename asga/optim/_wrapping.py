@@ -1,5 +1,7 @@
 """An optimizer around another one: what they share, and what is saved."""
 
+import abc
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -8,7 +10,7 @@ from asga.optim._checks import Shapes, check_group, check_maximize, check_same_s
 from asga.optim._pending import Pending
 
 
-class WrappingOptimizer(Optimizer):
+class WrappingOptimizer(Optimizer, abc.ABC):
     """Parameter groups and state are those of `base_optimizer`, so that schedulers reach it and its state dicts fit.
 
     Args:
@@ -80,9 +82,9 @@ class WrappingOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
+    @abc.abstractmethod
     def _own_state(self) -> dict[str, Tensor]:
         """What is saved beside the state of the base optimizer; not copies."""
-        raise NotImplementedError
 
     def _refuse_between_passes(self, what: str) -> None:
         if self._pending is not None:
@@ -91,9 +93,9 @@ class WrappingOptimizer(Optimizer):
                 "step with second_step() or abandon it with restore()"
             )
 
+    @abc.abstractmethod
     def _check_base(self) -> None:
         """Raise a ValueError where the groups of the base optimizer, the last one new, do not do."""
-        raise NotImplementedError
 
     def _share_with_base(self) -> None:
         self.param_groups = self.base_optimizer.param_groups
