@@ -70,13 +70,11 @@ class Agreement:
 
 
 def searched_choices(choices: SpaceChoices) -> list[Choice]:
-    """What a search decides: tensors with more than one candidate, as pairs of layer and ``"weight"`` or ``"act"``."""
-    return [
-        (name, kind)
-        for name, layer in choices.layers.items()
-        for kind in KINDS
-        if len(getattr(layer, f"{kind}_bits")) > 1
-    ]
+    """What a search decides: tensors with more than one candidate, as pairs of layer and ``"weight"`` or ``"act"``.
+
+    Of what a group shares only the first: the others agree when it does.
+    """
+    return list(choices.decisions)
 
 
 def policy_agreement(policies: Mapping[str, Policy], choices: Iterable[Choice] | None = None) -> Agreement:

@@ -18,7 +18,7 @@ from asga.search.costs import Costs, policy_costs
 from asga.search.groups import Group
 from asga.search.methods import TRAINED
 from asga.search.profiles import LayerProfile
-from asga.search.selection import LogProbabilities, best_policy, candidate_counts
+from asga.search.selection import LogProbabilities, best_policy
 from asga.search.space import LayerChoices, SpaceChoices
 
 # Below this difference of log-probabilities the better candidate is at most 1.1 times as likely as the next.
@@ -145,7 +145,9 @@ class SearchResult:
         options = {"trained": self.trained, "spend": spend}
         policy = best_policy(self.log_probs, self.choices, self.profiles, budget, meta, **options)
         distance, log_prob = self.distance(budget), policy.meta["log_prob"] if self.trained else None
-        nothing_learned = [-math.log(count) for count in candidate_counts(self.choices)]
+        layers = self.choices.layers
+        counts = [len(getattr(layers[name], f"{side}_bits")) for name, side in self.choices.decisions]
+        nothing_learned = [-math.log(count) for count in counts]
         far = log_prob is not None and log_prob < math.fsum(nothing_learned) - TOSS_UP * len(nothing_learned)
         policy = Policy(policy, {**policy.meta, "distance": distance, "far": far})
         return FrontierPoint(budget, policy, self.costs(policy), distance, log_prob, far)
@@ -165,13 +167,13 @@ class SearchResult:
         return self.choices.policy(chosen)
 
     def gaps(self) -> dict[str, dict[str, float]]:
-        """Per searched layer the difference of the two best log-probabilities of weight and act.
+        """Per searched layer the difference of the two best log-probabilities of weight and act; of a group once.
 
         Near zero the choice of a trained method is a toss-up. Temperature stretches these: they are those of the last
         step.
         """
         return {
-            name: {kind: _gap(values) for kind, values in asdict(p).items() if len(values) > 1}
+            name: {kind: _gap(values) for kind, values in asdict(p).items() if (name, kind) in self.choices.decisions}
             for name, p in self.log_probs.items()
             if not self.choices.layers[name].pinned
         }

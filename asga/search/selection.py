@@ -85,17 +85,6 @@ def best_policy(
     return Policy(policy, {**(meta or {}), **facts})
 
 
-def candidate_counts(choices: SpaceChoices) -> list[int]:
-    """How many candidates each choice has, where there is more than one; what a group shares is one choice."""
-    counted = _counted(choices)
-    return [
-        len(bits)
-        for name, layer in choices.layers.items()
-        for side, bits in zip(SIDES, (layer.weight_bits, layer.act_bits), strict=True)
-        if len(bits) > 1 and (name, side) not in counted
-    ]
-
-
 Sides = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """By layer a score for each candidate of its weight and of its input."""
 
@@ -108,16 +97,13 @@ def _joint(scores: Sides, choices: SpaceChoices, *, once: bool = True) -> dict[s
         choices: With the groups.
         once: What a group shares is one choice and counts for its first layer only.
     """
-    counted = _counted(choices) if once else set()
+    decided = choices.decisions
     return {
-        name: np.add.outer(*(values * ((name, side) not in counted) for side, values in zip(SIDES, both, strict=True)))
+        name: np.add.outer(
+            *(values * (not once or (name, side) in decided) for side, values in zip(SIDES, both, strict=True))
+        )
         for name, both in scores.items()
     }
-
-
-def _counted(choices: SpaceChoices) -> set[tuple[str, str]]:
-    """Layers and sides whose choice is that of another layer before them in their group."""
-    return {(name, side) for group in choices.groups for side in group.sides for name in group.layers[1:]}
 
 
 def _sufficient(log_probs: Sides, choices: SpaceChoices) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -57,6 +57,20 @@ class SpaceChoices:
         """
         return tuple(name for name in self.names if name not in self.layers)
 
+    @property
+    def decisions(self) -> tuple[tuple[str, str], ...]:
+        """What a policy decides: layers and sides, ``"weight"`` or ``"act"``, that have more than one candidate.
+
+        What a group shares is one decision, and there with its first layer.
+        """
+        followers = {(name, side) for group in self.groups for side in group.sides for name in group.layers[1:]}
+        return tuple(
+            (name, side)
+            for name, layer in self.layers.items()
+            for side in SIDES
+            if len(getattr(layer, f"{side}_bits")) > 1 and (name, side) not in followers
+        )
+
     def uniform(
         self, weight_bits: WeightBits, act_bits: int | None, meta: Mapping[str, object] | None = None
     ) -> Policy:
@@ -194,7 +208,8 @@ class SearchSpace:
                 could be chosen, the model is in parts compiled, a group named by hand has not two searched layers, or
                 `example_inputs` is needed.
         """
-        quantizable, skipped = find_quantizable(unwrapped(model))
+        model = unwrapped(model)
+        quantizable, skipped = find_quantizable(model)
         names = list(quantizable)
         if not names:
             raise ValueError(f"the model has no layer that can be quantized{_reasons(skipped)}")

@@ -15,7 +15,7 @@ from asga.search.costs import policy_costs
 from asga.search.groups import Group
 from asga.search.latency import LatencyTable
 from asga.search.profiles import LayerProfile, profile_layers
-from asga.search.selection import LogProbabilities, best_policy, candidate_counts
+from asga.search.selection import LogProbabilities, best_policy
 from asga.search.solver import InfeasibleBudgetError
 from asga.search.space import LayerChoices, SearchSpace, SpaceChoices
 
@@ -226,10 +226,6 @@ class TestGroups:
         }
         scored = best_policy(log_probs, choices, profiles, budget, trained=False)
         assert bits_of(scored)["a"] == bits_of(scored)["b"] == (4, 2)
-
-    def test_candidate_counts(self):
-        choices, _ = toy((Group(("a", "b"), "weight"),))
-        assert candidate_counts(choices) == [3] * 5
 
 
 def bert() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

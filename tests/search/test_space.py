@@ -239,6 +239,11 @@ class TestGroups:
         found = SearchSpace(act_bits=None, groups=["residual", "qkv"]).choices(Branches(), torch.zeros(1, 4))
         assert found.groups == (Group(("left", "right"), "weight"),)
 
+    def test_decisions(self):
+        choices = SearchSpace(weight_bits=(4,), groups=[["a.0", "b.0"]]).choices(small_net())
+        assert choices.decisions == (("a.0", "act"), ("a.2", "act"), ("b.2", "act"))
+        assert ("a.0", "weight") in space(pinned={"b.*": 4}).choices(small_net()).decisions
+
     def test_a_rule_needs_an_example(self):
         assert space(groups=["qkv"]).runs_the_model
         assert not space(groups=[["a.*"]]).runs_the_model
