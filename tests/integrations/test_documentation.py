@@ -53,8 +53,8 @@ SINGLE = [block for block in BLOCKS if block.language == "python" and block.titl
 SEVERAL = [block for block in BLOCKS if block.title == "ranks=2"]
 
 # Two processes, forked so that torch is imported once; every block in a fresh namespace, started as torchrun would.
-# Nothing of a block is freed before the processes end, at once: who drops the last reference to a ProcessGroupGloo waits
-# for its thread with the GIL held, and that thread may need the GIL to free a tensor (seen with torch 2.13).
+# Nothing of a block is freed before the processes end, at once: who drops the last reference to a ProcessGroupGloo
+# waits for its thread with the GIL held, and that thread may need the GIL to free a tensor (seen with torch 2.13).
 ON_TWO_RANKS = """
 import os, torch, torch.distributed as dist, torch.multiprocessing as mp
 import asga.optim, torch.distributed.checkpoint, torch.distributed.fsdp
