@@ -34,7 +34,7 @@ SANITIZER_RUNTIME = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -
 help:  ## Show these lines.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-demo: $(VENV)/demo.stamp  ## Search a policy on digits, carry it to other digits, print the table (about 5 minutes).
+demo: $(VENV)/demo.stamp  ## Search a policy on digits, carry it to other digits, print the table (about 6 minutes).
 	$(BIN)/asga demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 # In two processes: most tests keep one core busy, and torch's threads would only wait for each other.
