@@ -14,6 +14,7 @@ from asga.cli.options import (
     autocast_dtype,
     check_at_least_one,
     data_name,
+    load_policy,
     load_weights,
     model_factory,
     open_batches,
@@ -68,10 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure sensitivities, compare, write the run folder."""
-    policy = Policy.load(options.policy)
-    architecture = options.model or policy.meta.get("architecture")
-    if not architecture:
-        raise ValueError("--model is needed: the policy does not name its architecture")
+    policy, architecture = load_policy(options)
     if options.proxy is None and (options.proxy_limit is not None or options.proxy_init is not None):
         raise ValueError("--proxy-limit and --proxy-init say more about a proxy: --proxy is needed")
     check_at_least_one(options, "batches", "float_epochs")
@@ -87,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         policy.check_against(list(find_quantizable(models["target"])[0]))
         choices = space.choices(models["target"])
         example = example_inputs(batches["target"][0], None).to(options.device)
-        profiles = profile_layers(models["target"], example, choices.names)
+        profiles = profile_layers(models["target"], example, choices.names, unused=choices.excluded)
         for side, of_side in sides.items():
             if of_side.init is not None:
                 load_weights(models[side], of_side.init)

@@ -12,7 +12,7 @@ from torch import nn
 from asga.cli.console import Console
 from asga.data import Batches, ImageFiles, ImageTensor, open_dataset
 from asga.models import build_model
-from asga.policy import WeightBits
+from asga.policy import Policy, WeightBits
 from asga.search import Budget
 from asga.search.budget import LIMIT_NAMES
 
@@ -133,6 +133,20 @@ def model_factory(name: str, batches: Batches, device: str) -> Callable[[int], n
         return model
 
     return build
+
+
+def load_policy(options: argparse.Namespace) -> tuple[Policy, str]:
+    """The policy of --policy, and the architecture: that of --model, or else the one that the policy names.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no policy, or there is no architecture.
+    """
+    policy = Policy.load(options.policy)
+    architecture = options.model or policy.meta.get("architecture")
+    if not architecture:
+        raise ValueError("--model is needed: the policy does not name its architecture")
+    return policy, architecture
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike) -> None:

@@ -11,6 +11,7 @@ from asga.cli.options import (
     autocast_dtype,
     check_at_least_one,
     data_name,
+    load_policy,
     load_weights,
     model_factory,
     open_batches,
@@ -51,10 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Fine-tune, evaluate and write the run folder."""
-    policy = Policy.load(options.policy)
-    architecture = options.model or policy.meta.get("architecture")
-    if not architecture:
-        raise ValueError("--model is needed: the policy does not name its architecture")
+    policy, architecture = load_policy(options)
     check_at_least_one(options, "epochs", "float_epochs", "seeds")
     with Console() as console:
         train, val = open_batches(options, console)
@@ -62,8 +60,9 @@ def run(options: argparse.Namespace) -> None:
         model = build(options.seed)
         names = list(find_quantizable(model)[0])
         check_policy(model, policy)
-        profiles = profile_layers(model, example_inputs(train, None).to(options.device), names)
         choices = _choices_of(policy, names)
+        example = example_inputs(train, None).to(options.device)
+        profiles = profile_layers(model, example, names, unused=choices.excluded)
         bitops = policy.meta.get("budget", {}).get("bitops")
         limit = None if bitops is None else Budget(bitops=bitops).limits(profiles, choices)["bitops"]
         policies = {"searched": policy}

@@ -1,6 +1,6 @@
 """What the costs need to know about each layer, found by running the model once."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +47,9 @@ class LayerProfile:
         return {(weight_bits, act_bits): time for weight_bits, act_bits, time in self.latency_ns}
 
 
-def profile_layers(model: nn.Module, example_inputs: ExampleInputs, names: Iterable[str]) -> dict[str, LayerProfile]:
+def profile_layers(
+    model: nn.Module, example_inputs: ExampleInputs, names: Iterable[str], *, unused: Collection[str] = ()
+) -> dict[str, LayerProfile]:
     """Measure layers by running the model once, in eval mode and without gradients.
 
     MACs come from the shapes met on the way, so strides, dilation, groups and inputs of any rank are counted
@@ -60,13 +62,14 @@ def profile_layers(model: nn.Module, example_inputs: ExampleInputs, names: Itera
             Dimension 0 of the first tensor is the batch; what is counted is divided by its size. The other
             dimensions decide the costs: use the resolution that they are to be for.
         names: The layers to measure, such as `SpaceChoices.names`.
+        unused: Those that need not be called, such as `SpaceChoices.excluded`; without a call they have no MACs.
 
     Returns:
         Profiles in the order of `names`.
 
     Raises:
         TypeError: A named module is neither `Conv2d` nor `Linear`, or there is no tensor in `example_inputs`.
-        ValueError: A name is not in the model, a layer was never called, or the batch is empty.
+        ValueError: A name is not in the model, a layer not in `unused` was never called, or the batch is empty.
     """
     layers = {name: get_layer(model, name) for name in names}
     batch = _batch_size(example_inputs)
@@ -87,11 +90,11 @@ def profile_layers(model: nn.Module, example_inputs: ExampleInputs, names: Itera
     finally:
         for handle in handles:
             handle.remove()
-    unused = [name for name in layers if macs[name] == 0]
-    if unused:
+    missed = [name for name in layers if macs[name] == 0 and name not in unused]
+    if missed:
         raise ValueError(
-            f"never called by the model's forward: {', '.join(map(repr, unused))}. Without a call a layer's "
-            f"cost is unknown: give example_inputs that reach it, or take it out of the model"
+            f"never called by the model's forward: {', '.join(map(repr, missed))}. Without a call a layer's cost is "
+            f"unknown: give example_inputs that reach it, exclude it from the search, or take it out of the model"
         )
     return {
         name: LayerProfile(

@@ -260,7 +260,7 @@ class PolicySearcher:
         example = _beside(self.model, example)
         if self.choices is None:
             self.choices = self.space.choices(self.model, example)
-        profiles = profile_layers(self.model, example, self.choices.names)
+        profiles = profile_layers(self.model, example, self.choices.names, unused=self.choices.excluded)
         if self.latency_table is not None:
             profiles = self.latency_table.add_to(profiles, self.choices)
         limits = self.budget.limits(profiles, self.choices)

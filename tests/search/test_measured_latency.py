@@ -110,3 +110,5 @@ def test_a_layer_that_is_not_called():
     model.spare = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="never called by the model's forward: 'spare'"):
         measure_layers(model, IMAGE, {"one": [(8, 8)], "spare": [(8, 8)]})
+    measured = measure_layers(model, IMAGE, {"one": [(8, 8)], "spare": [(None, None)]})
+    assert measured["spare", None, None] == (0, "float32")

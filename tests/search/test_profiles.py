@@ -98,6 +98,8 @@ class TestProfile:
         net[0].spare = nn.Linear(2, 2)
         with pytest.raises(ValueError, match=r"never called by the model's forward: '0\.spare'"):
             profile_layers(net, torch.randn(1, 2), ["0", "0.spare"])
+        profiles = profile_layers(net, torch.randn(1, 2), ["0", "0.spare"], unused=["0.spare"])
+        assert (profiles["0"].macs, profiles["0.spare"].macs, profiles["0.spare"].weight_numel) == (4, 0, 4)
 
     def test_names_and_inputs_are_checked(self):
         net = net_by_hand()

@@ -528,6 +528,15 @@ class TestBadInput:
         with pytest.raises(TrainingError, match="the label 2, but the model has 2 classes"):
             search(tiny_net(num_classes=2), labeled_batches(), method=method)
 
+    def test_a_layer_that_is_never_called_can_be_excluded(self, tiny_net, labeled_batches):
+        model = tiny_net()
+        model.spare = nn.Linear(3, 3)
+        with pytest.raises(ValueError, match=r"forward: 'spare'\. .* exclude it from the search"):
+            search(model, labeled_batches())
+        result = search(model, labeled_batches(), SearchSpace(exclude=["spare"]))
+        assert result.policy["spare"] == LayerPolicy(None, None)
+        assert result.profiles["spare"].macs == 0
+
     @pytest.mark.parametrize(("loader", "message"), [([], "loader is empty"), (iter([]), "without a length")])
     def test_loader(self, tiny_net, loader, message):
         with pytest.raises(ValueError, match=message):
