@@ -6,11 +6,18 @@ import warnings
 import zipfile
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import ClassVar
+from weakref import WeakValueDictionary, finalize
 
 import torch
 
 import asga
 from asga._files import append_line, save_tensors, write_atomic, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # Version 1 had neither a name of the format nor a version in it, and no state of what takes a diverged training back.
 _FORMAT, _VERSION = "asga.checkpoint", 2
@@ -26,7 +33,8 @@ class RunFolder:
     ``config.json`` has the command, its options and versions; ``metrics.jsonl`` one JSON object per line, as
     they happen; ``checkpoint.pt`` tensors and plain containers, read with ``weights_only=True``;
     ``checkpoint.previous.pt`` the one before, for when the newest is damaged. A checkpoint remembers how long the
-    metrics were, so that resuming from either drops what was logged later.
+    metrics were, so that resuming from either drops what was logged later. Two processes that resumed one run would
+    write over each other, so the second is refused (not on Windows).
 
     Args:
         path: The folder; made if it does not exist.
@@ -35,8 +43,8 @@ class RunFolder:
         resume: Go on with the run that is there. Without it, a folder that holds a run is refused.
 
     Raises:
-        RunExistsError: The folder holds a run and `resume` is not set, or it holds one with other options, or
-            what is left of one without its configuration.
+        RunExistsError: The folder holds a run and `resume` is not set, or it holds one with other options or one that
+            another process works on, or what is left of one without its configuration.
         FileNotFoundError: `resume` is set but no run is there.
         ValueError: ``config.json`` cannot be read.
     """
@@ -64,6 +72,7 @@ class RunFolder:
                     "options": options,
                 },
             )
+        self._lock = _Lock.of(config_path)
 
     def log(self, **record: object) -> None:
         """Append one line to ``metrics.jsonl``; every record says of which `stage` it is.
@@ -251,3 +260,36 @@ def _stage_of(line: bytes) -> object:
         return json.loads(line).get("stage")
     except (ValueError, AttributeError):
         return None
+
+
+class _Lock:
+    """The right of a process to work on a run, held as long as one of its run folders refers to it."""
+
+    _held: ClassVar["WeakValueDictionary[Path, _Lock]"] = WeakValueDictionary()
+
+    def __init__(self, config_path: Path) -> None:
+        self._descriptor = os.open(config_path, os.O_RDONLY)
+        finalize(self, os.close, self._descriptor)
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunExistsError(
+                f"{config_path.parent} is in use by another process; wait for it or stop it first"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    @classmethod
+    def of(cls, config_path: Path) -> "_Lock":
+        """The lock of this process on a run, new or held already.
+
+        Raises:
+            RunExistsError: Another process holds it.
+        """
+        key = config_path.resolve()
+        lock = cls._held.get(key)
+        if lock is None or not os.path.samestat(os.fstat(lock._descriptor), os.stat(key)):
+            lock = cls._held[key] = cls(key)
+        return lock

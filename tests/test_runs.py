@@ -97,6 +97,31 @@ class TestConfiguration:
         assert (tmp_path / "run").read_text() == "mine"
 
 
+class TestTwoProcesses:
+    RESUME = """
+from asga.runs import RunFolder
+try:
+    RunFolder({!r}, "search", {!r}, resume=True)
+    print("resumed")
+except ValueError as error:
+    print(error)
+"""
+
+    def test_a_run_is_for_one_at_a_time(self, tmp_path, run_python):
+        path = tmp_path / "run"
+        resume = self.RESUME.format(str(path), OPTIONS)
+        first = RunFolder(path, "search", OPTIONS)
+        second = RunFolder(path, "search", OPTIONS, resume=True)  # the same process may
+        before = contents(path)
+        refused = f"{path} is in use by another process; wait for it or stop it first"
+        assert run_python(resume) == refused
+        del first
+        assert run_python(resume) == refused
+        assert contents(path) == before
+        del second
+        assert run_python(resume) == "resumed"
+
+
 class TestCheckpoint:
     def test_round_trip(self, folder):
         assert folder.load_checkpoint() is None
