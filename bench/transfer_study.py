@@ -27,6 +27,7 @@ from asga._files import save_tensors, write_atomic, write_json
 from asga.bench.machine import machine_facts
 from asga.data import Batches, open_dataset
 from asga.models import build_model
+from asga.policy import Policy
 from asga.search import Budget, PolicySearcher, SearchResult, policy_agreement, searched_choices
 from asga.steps import evaluate
 from asga.transfer import TransferTrainer
@@ -45,27 +46,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Without the program's name; None: those of the process.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--proxy", required=True)
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    add_data_arguments(parser)
     parser.add_argument("--models", nargs="+", default=["resnet20", "mobilenet_v2"])
     parser.add_argument("--budgets", nargs="+", default=["w3a3", "w2a3"], help="of BitOps")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--limit", type=int, default=20_000, help="images of each dataset to train on")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--only-search", action="store_true", help="leave the fine-tuning to a later call")
     parser.add_argument("--only-table", action="store_true", help="train nothing: the table of what is there")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.only_table:
         for model in options.models:
-            _Study(options, model).run()
+            Study(options, model).run()
     _summarize(options.out)
 
 
-class _Study:
-    """The cells of one model."""
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every study asks for: the data, how much of it, the precision, and the folder."""
+    parser.add_argument("--proxy", required=True)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=20_000, help="images of each dataset to train on")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
+
+
+class Study:
+    """The cells of one model.
+
+    Args:
+        options: Those of `add_data_arguments`, and for `run` those of this module's command line.
+        model: Its name in `asga.models`.
+    """
 
     def __init__(self, options: argparse.Namespace, model: str) -> None:
         self._options, self._model, self._out = options, model, options.out
@@ -75,8 +86,7 @@ class _Study:
         self._target_val = _batches(options.target, "val", None, like=self._target)
 
     def run(self) -> None:
-        proxy_model = self._float_model("proxy", self._proxy)
-        target_model = self._float_model("target", self._target)
+        """Search and fine-tune what is missing of the grid."""
         cells = [
             (budget, method, seed)
             for budget in self._options.budgets
@@ -84,10 +94,78 @@ class _Study:
             for method in self._options.methods
         ]
         for budget, method, seed in cells:
-            result = self._search(proxy_model, budget, method, seed)
+            result = self.search(budget, method, seed)
             if not self._options.only_search:
-                self._transfer(target_model, result, budget, method, seed)
+                self.cell(result, budget, method, seed)
                 _summarize(self._out)
+
+    def search(self, budget: str, method: str, seed: int) -> SearchResult:
+        """The result of one search on the proxy, of an earlier call where it is there."""
+        name = f"{self._model}-{budget}-{method}-seed{seed}"
+        path = self._out / f"{name}.search.json"
+        if path.exists():
+            return SearchResult.load(path)
+        model = self._float_model("proxy", self._proxy)
+        torch.manual_seed(seed)
+        searcher = PolicySearcher(
+            model,
+            budget=Budget(bitops=budget),
+            epochs=_SEARCH_EPOCHS,
+            method=method,
+            autocast=self._autocast,
+            progress=_Printed(name),
+            meta={"architecture": self._model, "method": method, "seed": seed},
+        )
+        result = searcher.fit(self._proxy.with_seed(seed))
+        write_json(self._out / f"{name}.history.json", {"history": result.history})
+        result.save(path)
+        return result
+
+    def cell(
+        self, result: SearchResult, budget: str, method: str, seed: int, suffix: str = "cell"
+    ) -> dict[str, object]:
+        """The policy of a search within a budget on the target: cost, accuracy and loss, written to ``*.SUFFIX.json``.
+
+        The policy is solved anew from the probabilities: those of an earlier call may have had another solver.
+        """
+        limit = Budget(bitops=budget)
+        policy = result.policy_for(limit)
+        bits = " ".join(f"{layer.weight_bits}/{layer.act_bits}" for layer in policy.values())
+        path = self._out / f"{self._model}-{budget}-{method}-seed{seed}.{suffix}.json"
+        if path.exists() and (cell := _read(path))["policy"] == bits:
+            return cell
+        history = self._out / f"{self._model}-{budget}-{method}-seed{seed}.history.json"
+        last = (_read(history)["history"] or [{}])[-1] if history.exists() else {}
+        cell = {
+            "model": self._model,
+            "budget": budget,
+            "method": method,
+            "seed": seed,
+            **self._fine_tuned(policy, bits, seed, path.name.removesuffix(".json")),
+            "budget_share": result.costs(policy).bitops / limit.limits(result.profiles, result.choices)["bitops"],
+            "expected_share": result.expected_cost.get("bitops"),
+            "radius": {key: last[key] for key in ("rho", "h", "share_at_rho_min", "share_at_rho_max") if key in last},
+            "policy": bits,
+        }
+        write_json(path, cell)
+        return cell
+
+    def _fine_tuned(self, policy: Policy, bits: str, seed: int, name: str) -> dict[str, float]:
+        """Top-1 and loss on the target, of an earlier cell with the same policy and seed where there is one."""
+        for cell in map(_read, sorted((*self._out.glob("*.cell.json"), *self._out.glob("*.resolved.json")))):
+            if (cell["model"], cell["seed"], cell["policy"]) == (self._model, seed, bits):
+                return {key: cell[key] for key in ("top1", "loss")}
+        model = self._float_model("target", self._target)
+        torch.manual_seed(seed)
+        trainer = TransferTrainer(
+            asga.quantize(model, policy).to(memory_format=torch.channels_last),
+            epochs=_TRANSFER_EPOCHS,
+            method="sgd",
+            autocast=self._autocast,
+            progress=_Printed(f"{name} on the target"),
+        )
+        evaluation = trainer.fit(self._target.with_seed(seed), self._target_val).evaluation
+        return {"top1": evaluation.top1, "loss": evaluation.loss}
 
     def _float_model(self, name: str, train: Batches) -> nn.Module:
         """Trained once; seed 0."""
@@ -114,66 +192,6 @@ class _Study:
         found = evaluate(model, _batches(spec, "val", None, like=train), autocast=self._autocast)
         write_json(self._out / f"{self._model}-{name}.json", {"model": self._model, "data": name, **asdict(found)})
         return model
-
-    def _search(self, model: nn.Module, budget: str, method: str, seed: int) -> SearchResult:
-        name = f"{self._model}-{budget}-{method}-seed{seed}"
-        path = self._out / f"{name}.search.json"
-        if path.exists():
-            return SearchResult.load(path)
-        torch.manual_seed(seed)
-        searcher = PolicySearcher(
-            model,
-            budget=Budget(bitops=budget),
-            epochs=_SEARCH_EPOCHS,
-            method=method,
-            autocast=self._autocast,
-            progress=_Printed(name),
-            meta={"architecture": self._model, "method": method, "seed": seed},
-        )
-        result = searcher.fit(self._proxy.with_seed(seed))
-        write_json(self._out / f"{name}.history.json", {"history": result.history})
-        result.save(path)
-        return result
-
-    def _transfer(self, model: nn.Module, result: SearchResult, budget: str, method: str, seed: int) -> None:
-        # The policy is solved anew from the probabilities: those of an earlier call may have had another solver.
-        policy = result.policy_for(Budget(bitops=budget))
-        path = self._out / f"{self._model}-{budget}-{method}-seed{seed}.cell.json"
-        bits = " ".join(f"{layer.weight_bits}/{layer.act_bits}" for layer in policy.values())
-        if path.exists() and _read(path)["policy"] == bits:
-            return
-        same = [c for c in _cells(self._out) if (c["model"], c["seed"], c["policy"]) == (self._model, seed, bits)]
-        if same:
-            found = {key: same[0][key] for key in ("top1", "loss")}
-        else:
-            torch.manual_seed(seed)
-            trainer = TransferTrainer(
-                asga.quantize(model, policy).to(memory_format=torch.channels_last),
-                epochs=_TRANSFER_EPOCHS,
-                method="sgd",
-                autocast=self._autocast,
-                progress=_Printed(f"{path.name.removesuffix('.cell.json')} on the target"),
-            )
-            evaluation = trainer.fit(self._target.with_seed(seed), self._target_val).evaluation
-            found = {"top1": evaluation.top1, "loss": evaluation.loss}
-        history = self._out / path.name.replace(".cell.", ".history.")
-        (share,) = result.cost_shares(policy).values()
-        last = (_read(history)["history"] or [{}])[-1] if history.exists() else {}
-        radius = {key: last[key] for key in ("rho", "h", "share_at_rho_min", "share_at_rho_max") if key in last}
-        write_json(
-            path,
-            {
-                "model": self._model,
-                "budget": budget,
-                "method": method,
-                "seed": seed,
-                **found,
-                "budget_share": share,
-                "expected_share": result.expected_cost.get("bitops"),
-                "radius": radius,
-                "policy": bits,
-            },
-        )
 
 
 class _Printed:
