@@ -36,7 +36,7 @@ def fake_quant_function(quant_min: int, quant_max: int, axis: int | None) -> Cal
         def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
             saved = ctx.saved_tensors
             arguments = (grad, *saved) if len(saved) == 3 else (grad, *saved, None)
-            if _directly(ctx, grad, saved[0]):
+            if _directly(ctx, grad, saved):
                 grads = direct.fake_quant_backward(ctx.layout, *arguments, *ranges)
             else:
                 grads = torch.ops.asga.fake_quant_backward.default(*arguments, *ranges, axis)
@@ -67,7 +67,7 @@ def mixed_fake_quant_function(
         def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
             saved = ctx.saved_tensors
             arguments = (grad, *saved) if len(saved) == 4 else (grad, *saved, None)
-            if _directly(ctx, grad, saved[0]):
+            if _directly(ctx, grad, saved):
                 grads = direct.mixed_fake_quant_backward(ctx.layout, *arguments, *ranges)
             else:
                 grads = torch.ops.asga.mixed_fake_quant_backward.default(*arguments, *ranges, axis)
@@ -88,10 +88,17 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     return super(torch.autograd.Function, function).apply
 
 
-def _directly(ctx, grad: Tensor, input: Tensor) -> bool:
+def _directly(ctx, grad: Tensor, saved: tuple[Tensor, ...]) -> bool:
     """Whether backward goes past the dispatcher, as forward did.
 
-    Not with create_graph=True: the operator then says that there is no second derivative. And not if hooks on saved
-    tensors have brought back something else.
+    Not with create_graph=True: the operator then says that there is no second derivative. Not under vectorized
+    autograd, whose batches of gradients have no memory of their own. And not if hooks on saved tensors have brought
+    back something else.
     """
-    return ctx.layout is not None and not torch.is_grad_enabled() and direct.plain(grad) and direct.plain(input)
+    return (
+        ctx.layout is not None
+        and not torch.is_grad_enabled()
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)
+        and direct.plain(grad)
+        and all(map(direct.plain, saved))
+    )

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from asga.ops import checks, reference, sam_library, sam_reference
 from asga.ops import library as quantizers
-from asga.ops import reference, sam_library, sam_reference
 from asga.ops.library import library
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -139,12 +139,39 @@ def _reference(operator: str) -> Callable:
 
 def _triton(operator: str) -> Callable:
     """The Triton launcher of an operator; Triton itself is imported by the first call."""
-    room = "sam" if operator in sam_library.OPERATORS else operator.removesuffix("_backward")
+    family = operator.removesuffix("_backward")
+    room = "sam" if operator in sam_library.OPERATORS else family
+    check = {"fake_quant": _check_quantizer, "mixed_fake_quant": checks.check_mixture}.get(family)
 
     def launch(*args):
+        if check is not None:
+            if operator != family:
+                checks.check_grad(*args[:2])
+            check(*(args if operator == family else args[1:]))
         return getattr(importlib.import_module(f"asga.kernels.{room}"), operator)(*args)
 
     return launch
+
+
+def _check_quantizer(input, scale, zero_point, quant_min, quant_max, axis) -> None:
+    checks.check_quantizer(input, scale, zero_point, axis)
+
+
+def _announced_triton(operator: str) -> Callable:
+    """Triton where the CUDA library is missing: says so once, with the reason."""
+    run = _triton(operator)
+
+    def fallback(*args):
+        if "triton" not in _announced:
+            _announced.add("triton")
+            warnings.warn(
+                f"asga runs its Triton kernels on cuda, which compile on first use: {_library_errors['cuda']}. "
+                f"`asga info` has details.",
+                stacklevel=2,
+            )
+        return run(*args)
+
+    return fallback
 
 
 def _announced_reference(operator: str) -> Callable:
@@ -182,6 +209,6 @@ _announced: set[str] = set()
 _register(library, _announced_reference, "CompositeExplicitAutograd")
 _library_errors = {"cpu": _load_cpu(), "cuda": _load_cuda()}
 if _library_errors["cuda"] is not None and _triton_missing() is None:
-    _register(library, _triton, "CUDA")
+    _register(library, _announced_triton, "CUDA")
 if os.environ.get("ASGA_BACKEND"):
     set_backend(os.environ["ASGA_BACKEND"])

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asga.ops.checks import INPUT_DTYPES
 from asga.ops.library import no_second_derivative
-from asga.ops.reference import INPUT_DTYPES
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import asga.ops.backends  # noqa: F401  (attaches the kernels to torch.ops.asga)
 from asga.ops.autograd import fake_quant_function, mixed_fake_quant_function
-from asga.ops.reference import INPUT_DTYPES, MAX_CANDIDATES
+from asga.ops.checks import INPUT_DTYPES, MAX_CANDIDATES
 from asga.ops.transforms import transformable, transforming
 
 # Grids reach this far from zero at most: sixteen bits, with either sign.
@@ -47,7 +47,7 @@ def fake_quant(
         A tensor with the shape, dtype and strides of ``torch.empty_like(input)``.
 
     Raises:
-        TypeError: A tensor is not floating point.
+        TypeError: A tensor is not floating point, or a setting no integer.
         ValueError: A range, axis, group size, shape or device does not fit; the message names the argument.
 
     Source:
@@ -110,7 +110,7 @@ def mixed_fake_quant(
         A tensor with the shape, dtype and strides of ``torch.empty_like(input)``.
 
     Raises:
-        TypeError: A tensor is not floating point.
+        TypeError: A tensor is not floating point, or a setting no integer.
         ValueError: A range, count, axis, group size, shape or device does not fit; the message names the argument.
 
     Source:
@@ -125,7 +125,8 @@ def mixed_fake_quant(
     if len(quant_maxs) != candidates:
         raise ValueError(f"quant_maxs has {len(quant_maxs)} entries but quant_mins has {candidates}")
     for k, (low, high) in enumerate(zip(quant_mins, quant_maxs, strict=True)):
-        if not -_LARGEST <= low < high <= _LARGEST:  # names take longer to make than the rest of the check
+        # Names take longer to make than the rest of the check.
+        if not (type(low) is int is type(high) and -_LARGEST <= low < high <= _LARGEST):
             _check_range(f"quant_mins[{k}]", f"quant_maxs[{k}]", low, high)
     _check_scale("probs", probs, input, (candidates,))
     if group_size is not None:
@@ -161,6 +162,7 @@ def _check_input(input: Tensor, axis: int | None) -> int | None:
         raise TypeError(f"input has dtype {input.dtype}; float32, bfloat16, float16 and float64 are supported")
     if axis is None:
         return None
+    _check_integer("axis", axis)
     dims = input.dim()
     if not -dims <= axis < dims:
         raise ValueError(f"axis is {axis}, out of range for an input with {dims} dimensions")
@@ -168,16 +170,25 @@ def _check_input(input: Tensor, axis: int | None) -> int | None:
 
 
 def _check_range(name_min: str, name_max: str, quant_min: int, quant_max: int) -> None:
+    _check_integer(name_min, quant_min)
+    _check_integer(name_max, quant_max)
     if quant_min >= quant_max:
         raise ValueError(f"{name_min} is {quant_min}, which is not below {name_max} = {quant_max}")
     if quant_min < -_LARGEST or quant_max > _LARGEST:
         raise ValueError(f"{name_min} = {quant_min}, {name_max} = {quant_max}: grids beyond 16 bits are not supported")
 
 
+def _check_integer(name: str, value: int) -> None:
+    """Refuses 7.0, which equals 7 and so would be found in caches in its place."""
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; an integer is needed")
+
+
 def _check_groups(input: Tensor, axis: int | None, group_size: int) -> tuple[int, ...]:
     """The shape of the scales of an input with one scale per group."""
     if axis is not None:
         raise ValueError(f"axis is {axis} and group_size is {group_size}; give one of them")
+    _check_integer("group_size", group_size)
     length = input.shape[-1] if input.dim() > 0 else 1
     if group_size < 1 or length % group_size != 0:
         raise ValueError(f"group_size is {group_size}, which does not divide the last dimension of input, {length}")

@@ -4,15 +4,13 @@ The arithmetic below is the contract. In float32 a kernel must give the same bit
 for the gradient of the input; sums (gradients of scales, probabilities, zero points) may differ only by the
 order of their additions. The computation runs in float32, or in float64 for float64 inputs.
 
-`asga.ops.functional` checks all arguments before. What is checked here as well, in the words of the kernels, is what
-the kernels must refuse when somebody calls `torch.ops.asga` directly, lest they read memory that is not theirs.
+`asga.ops.functional` checks all arguments before; what direct calls of `torch.ops.asga` need is in `asga.ops.checks`.
 """
 
 import torch
 from torch import Tensor
 
-MAX_CANDIDATES = 8  # kMaxCandidates in csrc/quant_math.h
-INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from asga.ops.checks import check_grad, check_mixture, check_quantizer
 
 
 def fake_quant(
@@ -38,7 +36,7 @@ def fake_quant_backward(
     Straight-through as in LSQ (Esser et al. 2020, eq. 2-3): with v = input / scale, inside the range dx = g and
     ds = g (round(v) - v); outside dx = 0, ds = g (bound - zero_point), dz = -g scale.
     """
-    _check_grad(grad, input)
+    check_grad(grad, input)
     scaled, clamped, wide_scale = _scale_and_clamp(input, scale, zero_point, quant_min, quant_max, axis)
     grad = grad.to(scaled.dtype)
     inside = scaled == clamped
@@ -61,7 +59,7 @@ def mixed_fake_quant(
     axis: int | None,
 ) -> Tensor:
     """Sum of K quantized copies of `input`, weighted by `probs`; see `asga.ops.mixed_fake_quant`."""
-    _check_mixture(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
+    check_mixture(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
     x, inverse, weight = _prepare_mixture(input, scales, probs, axis)
     output = None
     for k, (low, high) in enumerate(_mixture_bounds(x, zero_points, quant_mins, quant_maxs, axis)):
@@ -85,8 +83,8 @@ def mixed_fake_quant_backward(
     With v_k = x * (1 / s_k) and q_k the same clamped and rounded, relative to the zero point: dx = g sum_k p_k
     [inside_k], ds_k = p_k sum g (q_k - v_k [inside_k]), dp_k = sum g q_k s_k, dz_k = -p_k s_k sum g [outside_k].
     """
-    _check_grad(grad, input)
-    _check_mixture(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
+    check_grad(grad, input)
+    check_mixture(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
     x, inverse, _ = _prepare_mixture(input, scales, probs, axis)
     grad = grad.to(x.dtype)
     probs_wide = probs.to(x.dtype)
@@ -120,58 +118,16 @@ def _scale_and_clamp(
     Bounds are integers once the zero point is rounded, so clamping before rounding equals clamping after, and the
     mask for the gradient (LSQ: before rounding) is the comparison of the two.
     """
+    check_quantizer(input, scale, zero_point, axis)
     dtype = _compute_dtype(input)
-    channels = _channels(input, axis)
-    _check_parameter("scale", scale, channels)
     scale = _broadcast(scale.to(dtype), input, axis)
     low: Tensor | int = quant_min
     high: Tensor | int = quant_max
     if zero_point is not None:
-        _check_parameter("zero_point", zero_point, channels)
         offset = _broadcast(torch.round(zero_point.to(dtype)), input, axis)
         low, high = quant_min - offset, quant_max - offset
     scaled = input.to(dtype) / scale
     return scaled, torch.clamp(scaled, low, high), scale
-
-
-def _check_mixture(
-    input: Tensor,
-    scales: Tensor,
-    probs: Tensor,
-    zero_points: Tensor | None,
-    quant_mins: list[int],
-    quant_maxs: list[int],
-    axis: int | None,
-) -> None:
-    """What `_scale_and_clamp` checks for one quantizer, and the number of candidates."""
-    candidates = len(quant_mins)
-    if not 1 <= candidates <= MAX_CANDIDATES:
-        raise RuntimeError(f"quant_mins has {candidates} candidates; between 1 and {MAX_CANDIDATES} are supported")
-    if len(quant_maxs) != candidates:
-        raise RuntimeError(f"quant_maxs has {len(quant_maxs)} entries but quant_mins has {candidates}")
-    _check_parameter("scales", scales, candidates * _channels(input, axis))
-    _check_parameter("probs", probs, candidates)
-    if zero_points is not None:
-        _check_parameter("zero_points", zero_points, candidates * _channels(input, axis))
-
-
-def _check_parameter(name: str, tensor: Tensor, numel: int) -> None:
-    if tensor.numel() != numel:
-        raise RuntimeError(f"{name} has {tensor.numel()} elements, but {numel} are needed")
-
-
-def _check_grad(grad: Tensor, input: Tensor) -> None:
-    if grad.shape != input.shape:
-        raise RuntimeError("grad does not have the shape of input")
-
-
-def _channels(input: Tensor, axis: int | None) -> int:
-    """How many scales the input has, per candidate."""
-    if axis is None:
-        return 1
-    if not 0 <= axis < input.dim():
-        raise RuntimeError(f"axis is {axis}, but input has {input.dim()} dimensions")
-    return input.shape[axis]
 
 
 def _prepare_mixture(
@@ -202,8 +158,6 @@ def _round(x: Tensor) -> Tensor:
 
 
 def _compute_dtype(input: Tensor) -> torch.dtype:
-    if input.dtype not in INPUT_DTYPES:
-        raise RuntimeError(f"input has dtype {input.dtype}; float32, bfloat16, float16 and float64 are supported")
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 

@@ -1,5 +1,7 @@
 """The public operators: arguments, autograd, and what torch does around them."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from asga.ops import backend, backends, fake_quant, mixed_fake_quant
 
 ops = torch.ops.asga
 per_backend = pytest.mark.parametrize("name", ["reference", *(["cpu"] if backends.unavailable("cpu") is None else [])])
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and backends.unavailable("triton") is None
 
 X = torch.linspace(-3, 3, 24).reshape(4, 6)
 SCALE = torch.tensor([0.5])
@@ -327,11 +330,56 @@ _DIRECT = {
 }
 
 
-@per_backend
+@pytest.mark.parametrize("name", [*per_backend.args[1], *(["triton"] if _interpreted else [])])
 @pytest.mark.parametrize(("op", "arguments", "message"), _DIRECT.values(), ids=_DIRECT)
 def test_direct_calls_that_do_not_fit_are_refused(op, arguments, message, name):
     with backend(name), pytest.raises(RuntimeError, match=message):
         op(*arguments)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"quant_min": -7.0, "quant_max": 6}, {"quant_min": -7, "quant_max": 6, "axis": 1.0}], ids=str
+)
+def test_a_float_in_place_of_an_integer_is_named_and_leaves_no_trace(settings):
+    scale = torch.ones(6) if "axis" in settings else SCALE
+    with pytest.raises(TypeError, match="of type float; an integer is needed"):
+        fake_quant(X, scale, **settings)
+    fake_quant(X, scale, **{name: int(value) for name, value in settings.items()})
+    with pytest.raises(TypeError, match=r"quant_mins\[1\] is -8.0, of type float"):
+        mixed_fake_quant(X, **MIXTURE, quant_mins=[-2, -8.0], quant_maxs=[1, 7])
+    mixed_fake_quant(X, **MIXTURE, **RANGES)
+    with pytest.raises(TypeError, match="group_size is 3.0"):
+        fake_quant(X, torch.ones(4, 2), quant_min=-8, quant_max=7, group_size=3.0)
+
+
+@per_backend
+def test_vectorized_autograd_equals_row_after_row(name):
+    def one(x, scale):
+        return fake_quant(x, scale, quant_min=-8, quant_max=7, axis=1)
+
+    def several(x, scales, probs):
+        return mixed_fake_quant(x, scales, probs, **RANGES, axis=1)
+
+    calls = ((one, (X, _CHANNEL_SCALE)), (several, (X, _CHANNEL_SCALES.contiguous(), MIXTURE["probs"])))
+    with backend(name):
+        for function, arguments in calls:
+            rows = torch.autograd.functional.jacobian(function, arguments)
+            together = torch.autograd.functional.jacobian(function, arguments, vectorize=True)
+            assert all(map(torch.equal, rows, together))
+
+
+@per_backend
+def test_hooks_may_bring_saved_tensors_back_in_another_dtype(name):
+    x, scale = _needs_grad(X, _CHANNEL_SCALE)
+    with (
+        backend(name),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.half() if t.dim() == 1 else t),
+    ):
+        output = fake_quant(x, scale, quant_min=-8, quant_max=7, axis=1)
+        _, found = torch.autograd.grad(output.sum(), (x, scale))
+    output = fake_quant(x, scale, quant_min=-8, quant_max=7, axis=1)
+    _, wanted = torch.autograd.grad(output.sum(), (x, scale))
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)  # half a scale's precision moves x / s
 
 
 def _needs_grad(*tensors: Tensor | None) -> list[Tensor | None]:
