@@ -227,9 +227,12 @@ def describe_seeds(results: Mapping[str, SearchResult]) -> list[str]:
     if len(results) == 1:
         return []
     found = _agreement(results)
+    compared = [result.uniform for result in results.values() if result.uniform is not None]
+    worse = sum(uniform.better is False for uniform in compared)
     return [
+        *([f"{worse} of {len(compared)} seeds are NOT better than uniform bits at equal cost"] if worse else []),
         f"{len(results)} seeds: two of them agree on {found.equal:.1%} of {found.choices} choices, all of them on "
-        f"{found.unanimous}; chance would give {found.chance:.1%} (p = {found.p_value:.2g})"
+        f"{found.unanimous}; chance would give {found.chance:.1%} (p = {found.p_value:.2g})",
     ]
 
 

@@ -68,7 +68,9 @@ def decide(
         The dot products, or None where nobody asked for them, and what `sam_coefficients` makes of them.
     """
     q0, step, losses = pending.q0, pending.step, pending.losses
-    needed = options.needs_products or (radius.follows_gap and losses.numel() < 2)
+    # The norm leaves out what is not perturbed; where g0 is used, only the products see that it is not finite.
+    blind = options.combines and any(one.group["rho_scale"] == 0 for one in lists)
+    needed = options.needs_products or blind or (radius.follows_gap and losses.numel() < 2)
     dots = None
     if needed or options.products != "none":
         full = pending.first_grads is not None and (needed or options.products == "all")

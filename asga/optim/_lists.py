@@ -93,7 +93,8 @@ def local_tensors(param: Tensor) -> tuple[Tensor, Tensor, tuple[object, ...]]:
     if grad.placements != param.placements:
         param.grad = grad = grad.redistribute(placements=param.placements)
     mesh = param.device_mesh
-    shards = tuple(mesh.get_group(dim) for dim, place in enumerate(param.placements) if place.is_shard())
+    # Not is_shard(): it is False for the strided shards of tensor parallelism under FSDP2.
+    shards = tuple(mesh.get_group(dim) for dim, place in enumerate(param.placements) if not place.is_replicate())
     return param.to_local(), grad.to_local(), shards
 
 

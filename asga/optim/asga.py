@@ -111,7 +111,8 @@ class ASGA(WrappingOptimizer):
             it can be; `reason_not_fused` says why not.
         products: Which dot products of g0 and g1 are computed where the step itself does not need them: "all", for
             `diagnostics`; "guard", only <g1, g1>, which reads g1 once more; "none": a NaN in g1 goes unnoticed where
-            the losses are finite. Variants gsam and conflict, `max_norm`, and steps without losses need them all.
+            the losses are finite. Variants gsam and conflict, `max_norm`, steps without losses, and groups with
+            rho_scale=0, whose g0 nothing else looks at, need them all.
         scaler: The GradScaler, if there is one.
         process_group: Over which losses are averaged: a process group, None for never, or "auto" for the default one
             where `torch.distributed` is initialized.

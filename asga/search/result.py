@@ -190,6 +190,7 @@ class SearchResult:
                 "budget": self.budget.to_dict(),
                 "names": list(self.choices.names),
                 "skipped": self.choices.skipped,
+                "target": self.choices.target,
                 "layers": {name: asdict(layer) for name, layer in self.choices.layers.items()},
                 "groups": [asdict(group) for group in self.choices.groups],
                 "profiles": [asdict(profile) for profile in self.profiles.values()],
@@ -218,7 +219,7 @@ class SearchResult:
             return cls(
                 policy=Policy.from_dict(data["policy"]),
                 budget=Budget(**data["budget"]),
-                choices=SpaceChoices(layers, data["skipped"], tuple(data["names"]), groups),
+                choices=SpaceChoices(layers, data["skipped"], tuple(data["names"]), groups, data.get("target", "any")),
                 profiles={p["name"]: LayerProfile(**p) for p in data["profiles"]},
                 log_probs={
                     name: LogProbabilities(tuple(p["weight"]), tuple(p["act"])) for name, p in data["log_probs"].items()

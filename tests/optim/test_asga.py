@@ -142,6 +142,24 @@ class TestRestore:
             del state["asga"][counter], after["asga"][counter]
         torch.testing.assert_close(after, state, rtol=0, atol=0)
 
+    @pytest.mark.parametrize("variant", ["sam", "aligned", "gsam", "conflict"])
+    @pytest.mark.parametrize("products", ["all", "guard", "none"])
+    @pytest.mark.parametrize("number", [1, 2], ids=["pass 1", "pass 2"])
+    def test_bad_gradient_of_what_is_not_perturbed_moves_nothing(self, problem, same_bits, variant, products, number):
+        groups = [{"params": problem.params[:1]}, {"params": problem.params[1:], "rho_scale": 0.0}]
+        optimizer = ASGA(groups, variant=variant, products=products, lr=0.1)
+        before = problem.weights()
+
+        def tamper(current):
+            if current == number:
+                problem.params[1].grad[2] = math.nan
+
+        two_passes(problem, optimizer, after_backward=tamper)
+        if variant != "sam":  # whose update does not use the gradient of the first pass
+            assert same_bits(problem.params, before)
+        elif (products, number) != ("none", 2):  # where nobody asked for a guard of the second
+            assert all(torch.isfinite(p).all() for p in problem.params)
+
     @pytest.mark.parametrize("number", [1, 2], ids=["pass 1", "pass 2"])
     @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["NaN", "Inf"])
     def test_bad_loss_with_good_gradients_moves_nothing(self, problem, same_bits, number, value):

@@ -192,6 +192,12 @@ class TestFile:
             assert loaded.policy_for(budget) == result.policy_for(budget)
             assert loaded.policy_for(budget).meta == result.policy_for(budget).meta
 
+    def test_target_is_in_it(self, result, tmp_path):
+        """Else a search of several seeds that goes on takes its first seeds for searches of another space."""
+        targeted = replace(result, choices=replace(result.choices, target="onnxruntime-cpu"))
+        targeted.save(tmp_path / "search.json")
+        assert SearchResult.load(tmp_path / "search.json").choices == targeted.choices
+
     @pytest.mark.filterwarnings("ignore::asga.search.FarFromBudget")
     def test_groups_and_latencies_are_in_it(self, tmp_path):
         """So that policies for other latencies need no other file."""
