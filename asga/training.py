@@ -66,6 +66,7 @@ class Stage:
         checkpoint_every: Steps between checkpoints.
         folder: Where metrics and checkpoints go; None: nowhere.
         progress: Called after every step.
+        setting: What a resumed training must have in common with the one that made the checkpoint, by name.
 
     Raises:
         ValueError: `checkpoint_every` is below 1.
@@ -81,11 +82,13 @@ class Stage:
         checkpoint_every: int = CHECKPOINT_EVERY,
         folder: RunFolder | None = None,
         progress: Callable[[Progress], None] | None = None,
+        setting: Mapping[str, str] | None = None,
     ) -> None:
         if checkpoint_every < 1:
             raise ValueError(f"checkpoint_every is {checkpoint_every}; it must be at least 1")
         self._name, self._epochs, self._parts, self._recovery = name, epochs, parts, recovery
         self._checkpoint_every, self._folder, self._progress = checkpoint_every, folder, progress
+        self._setting = dict(setting or {})
         self._epoch = self._step = self._steps = self._skipped = 0
         self._averages = _Averages()
         self._seconds = 0.0
@@ -213,6 +216,7 @@ class Stage:
         """Everything that a checkpoint holds; later steps do not change it."""
         state = {
             "stage": self._name,
+            "setting": self._setting,
             "epochs": self._epochs,
             "steps": self._steps,
             "epoch": self._epoch,
@@ -249,6 +253,13 @@ class Stage:
         state = None if self._folder is None else self._folder.load_checkpoint()
         if state is None or state["stage"] != self._name:
             return False
+        before = state.get("setting", self._setting)  # checkpoints of earlier versions have none
+        for name in {**before, **self._setting}:
+            if before.get(name) != self._setting.get(name):
+                raise ValueError(
+                    f"the checkpoint of stage {self._name!r} was made with {name} {before.get(name)}, now it is "
+                    f"{self._setting.get(name)}: resume with the same options, or begin anew in another folder"
+                )
         lengths = {"epochs": (state["epochs"], self._epochs), "batches an epoch": (state["steps"], self._steps)}
         for name, (then, now) in lengths.items():
             if then != now:

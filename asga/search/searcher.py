@@ -183,6 +183,7 @@ class PolicySearcher:
                 checkpoint_every=self.checkpoint_every,
                 folder=self.folder,
                 progress=self.progress,
+                setting=self._setting(),
             )
             history = stage.run(search.loader, search.step, search.end_epoch)
             search.relaxation.remove()
@@ -221,6 +222,30 @@ class PolicySearcher:
             method=self.method,
             uniform=comparison,
         )
+
+    def _setting(self) -> dict[str, str]:
+        """What a search that goes on must have in common with the one that was interrupted."""
+        names = (
+            "method",
+            "budget",
+            "lr",
+            "momentum",
+            "weight_decay",
+            "warmup",
+            "logit_lr",
+            "temperature",
+            "relaxation",
+        )
+        plain = (bool, int, float, str, tuple, type(None))  # others may print where they lie in memory
+        return {
+            **{name: str(getattr(self, name)) for name in (*names, "held_out", "autocast")},
+            **{name: str(value) for name, value in self.optimizer_options.items() if isinstance(value, plain)},
+            "groups": str([(group.layers, group.sides) for group in self.choices.groups]),
+            **{
+                f"candidates of {name}": f"{layer.weight_bits} x {layer.act_bits}"
+                for name, layer in self.choices.layers.items()
+            },
+        }
 
     def start(self, loader: Iterable[Batch]) -> "Search":
         """The search before its first step, for a loop of one's own; `fit` makes all steps and ends with the policy.

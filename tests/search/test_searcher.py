@@ -715,6 +715,29 @@ class TestResume:
         assert result.uniform == expected.uniform
         assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"lr": 0.5}, "was made with lr 0.01, now it is 0.5"),
+            ({"relaxation": "gumbel"}, "was made with relaxation softmax, now it is gumbel"),
+            (
+                {"space": SearchSpace(weight_bits=(2, 3, 4, 5, 8))},
+                r"candidates of \S+ \(2, 3, 4, 6, 8\) x .* now it is",
+            ),
+            ({"space": SearchSpace(weight_bits=(2, 4, 8))}, r"candidates of \S+ \(2, 3, 4, 6, 8\) x .* now it is"),
+        ],
+        ids=["lr", "relaxation", "other candidates", "fewer candidates"],
+    )
+    def test_another_search_is_refused(
+        self, tiny_net, labeled_batches, tmp_path, run_contents, method, options, message
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            self._search(tiny_net, labeled_batches(), tmp_path, method, at=9, end=_interrupt)
+        before = run_contents(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            self._search(tiny_net, labeled_batches(), tmp_path, method, resume=True, **options)
+        assert run_contents(tmp_path) == before
+
     @pytest.mark.parametrize(("at", "end"), [(2, _interrupt), (9, _interrupt), (8, _kill)])
     def test_with_noise_and_batches_held_out(self, tiny_net, labeled_batches, tmp_path, run_contents, method, at, end):
         batches, options = labeled_batches(8), {"relaxation": "gumbel", "held_out": 0.25}
