@@ -135,7 +135,7 @@ class Study:
         if path.exists() and (cell := _read(path))["policy"] == bits:
             return cell
         history = self._out / f"{self._model}-{budget}-{method}-seed{seed}.history.json"
-        last = (_read(history)["history"] or [{}])[-1] if history.exists() else {}
+        last = (_read(history)["history"] or [{}])[-1] if suffix == "cell" and history.exists() else {}
         cell = {
             "model": self._model,
             "budget": budget,

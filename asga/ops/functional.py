@@ -1,6 +1,7 @@
 """The public operators: arguments are checked here, once and in the same words for every backend."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -180,7 +181,7 @@ def _check_range(name_min: str, name_max: str, quant_min: int, quant_max: int) -
 
 def _check_integer(name: str, value: int) -> None:
     """Refuses 7.0, which equals 7 and so would be found in caches in its place."""
-    if not isinstance(value, (int, torch.SymInt)):
+    if not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; an integer is needed")
 
 

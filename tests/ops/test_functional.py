@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -350,6 +351,14 @@ def test_a_float_in_place_of_an_integer_is_named_and_leaves_no_trace(settings):
     mixed_fake_quant(X, **MIXTURE, **RANGES)
     with pytest.raises(TypeError, match=r"group_size is 3\.0"):
         fake_quant(X, torch.ones(4, 2), quant_min=-8, quant_max=7, group_size=3.0)
+
+
+def test_integers_of_numpy_are_integers():
+    low, high = np.int64(-8), np.int32(7)
+    wanted = fake_quant(X, SCALE, quant_min=-8, quant_max=7)
+    assert torch.equal(fake_quant(X, SCALE, quant_min=low, quant_max=high), wanted)
+    found = mixed_fake_quant(X, **MIXTURE, quant_mins=np.array([-2, -8]), quant_maxs=np.array([1, 7]))
+    assert torch.equal(found, mixed_fake_quant(X, **MIXTURE, **RANGES))
 
 
 @per_backend
