@@ -32,11 +32,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_radius(rho_min: float, rho_max: float, radius: str) -> None:
-    """Bounds of the radius; the lower one counts only where the radius moves."""
+    """Bounds of the radius; which is larger counts only where the radius moves."""
     if not 0 < rho_max < math.inf:
         raise ValueError(f"rho_max is {rho_max}; it must be positive and finite")
-    if radius != "constant" and not 0 < rho_min <= rho_max:
-        raise ValueError(f"rho_min is {rho_min}; it must be positive and at most rho_max = {rho_max}")
+    if not 0 < rho_min < math.inf:
+        raise ValueError(f"rho_min is {rho_min}; it must be positive and finite")
+    if radius != "constant" and rho_min > rho_max:
+        raise ValueError(f"rho_min is {rho_min}; it must be at most rho_max = {rho_max}")
 
 
 def check_alpha(alpha: float, variant: str, alpha_mode: str) -> None:
@@ -57,20 +59,24 @@ def check_factor(factor: float) -> None:
 
 def check_group(group: dict[str, object]) -> None:
     """A parameter group with its defaults filled in."""
-    rho_scale = group["rho_scale"]
-    if not 0 <= rho_scale < math.inf:
-        raise ValueError(f"rho_scale is {rho_scale} in a parameter group; it must be finite and not negative")
+    check_rho_scale(group)
     check_maximize(group)
     for index, param in enumerate(group["params"]):
         check_dense(param, "", group, index)
     low = {p.dtype for p in group["params"]} & {torch.bfloat16, torch.float16}
-    if low and rho_scale > 0:
+    if low and group["rho_scale"] > 0:
         # Measured on bfloat16 weights at rho = 0.05: 88 % kept their bits.
         warnings.warn(
             f"parameters are {', '.join(sorted(map(str, low)))}: most of a perturbation rounds away. Keep "
             "the weights in float32 and use autocast, or set rho_scale=0 for their group",
             stacklevel=2,
         )
+
+
+def check_rho_scale(group: dict[str, object]) -> None:
+    """How far a parameter group moves in pass 1; groups are open to the user, so every step looks again."""
+    if not 0 <= group["rho_scale"] < math.inf:
+        raise ValueError(f"rho_scale is {group['rho_scale']} in a parameter group; it must be finite and not negative")
 
 
 def check_maximize(group: dict[str, object]) -> None:
@@ -109,6 +115,16 @@ def check_same_shapes(saved: Shapes, ours: Shapes) -> None:
                     f"state_dict belongs to another model: parameter {index} of group {number} has shape "
                     f"{their} there and {my} here"
                 )
+
+
+def check_same_options(saved: list[dict[str, object]], optimizer: Optimizer) -> None:
+    """Groups of a saved state against what a base optimizer reads in them: another one saved other options."""
+    for number, group in enumerate(saved):
+        if missing := {"rho_scale", *optimizer.defaults} - set(group):
+            raise ValueError(
+                f"state_dict lacks {', '.join(sorted(missing))} in parameter group {number}: it must be saved around "
+                f"the same base_optimizer, here {type(optimizer).__name__}"
+            )
 
 
 def describe(group: dict[str, object], index: int) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from asga.optim._checks import check_dense
+from asga.optim._checks import check_dense, check_rho_scale
 
 
 @dataclass
@@ -59,10 +59,12 @@ def collect(
     Raises:
         RuntimeError: No parameter has a gradient.
         TypeError: A gradient is sparse or complex.
+        ValueError: `rho_scale` of a group has been set to something out of range.
     """
     found: dict[tuple[object, ...], Lists] = {}
     any_gradient = False
     for number, group in enumerate(groups):
+        check_rho_scale(group)
         for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from asga.optim._checks import Shapes, check_group, check_maximize, check_same_shapes
+from asga.optim._checks import Shapes, check_group, check_maximize, check_same_options, check_same_shapes
 from asga.optim._pending import Pending
 
 
@@ -49,7 +49,8 @@ class WrappingOptimizer(Optimizer, abc.ABC):
         """Resume, bit for bit, from what `state_dict` returned.
 
         Raises:
-            ValueError: The state is not of an ASGA optimizer, or of other parameters. Nothing changes.
+            ValueError: The state is not of an ASGA optimizer, or of other parameters or another base optimizer. Nothing
+                changes.
             RuntimeError: Called between `first_step` and `second_step`.
         """
         self._refuse_between_passes("load_state_dict()")
@@ -58,11 +59,13 @@ class WrappingOptimizer(Optimizer, abc.ABC):
         missing = {"shapes", *self._own_state()} - set(own or ())
         if missing:
             raise ValueError(f"state_dict is not from an ASGA optimizer: its entry 'asga' lacks {sorted(missing)}")
+        if missing := {"state", "param_groups"} - set(state_dict):
+            raise ValueError(f"state_dict lacks {sorted(missing)} of the base optimizer")
         check_same_shapes([tuple(map(tuple, group)) for group in own["shapes"]], self._shapes())
+        check_same_options(state_dict["param_groups"], self.base_optimizer)
         self.base_optimizer.load_state_dict(state_dict)
         self._share_with_base()
-        for name, value in self._own_state().items():
-            value.copy_(own[name])
+        self._load_own_state(own)
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
         """Add a parameter group, here and in the base optimizer; see the class for `rho_scale`.
@@ -85,6 +88,11 @@ class WrappingOptimizer(Optimizer, abc.ABC):
     @abc.abstractmethod
     def _own_state(self) -> dict[str, Tensor]:
         """What is saved beside the state of the base optimizer; not copies."""
+
+    def _load_own_state(self, saved: dict[str, Tensor]) -> None:
+        """Take over what was saved of `_own_state`."""
+        for name, value in self._own_state().items():
+            value.copy_(saved[name])
 
     def _refuse_between_passes(self, what: str) -> None:
         if self._pending is not None:

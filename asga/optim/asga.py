@@ -390,6 +390,10 @@ class ASGA(WrappingOptimizer):
     def _own_state(self) -> dict[str, Tensor]:
         return self._radius.state()
 
+    def _load_own_state(self, saved: dict[str, Tensor]) -> None:
+        super()._load_own_state(saved)
+        self._radius.bound()
+
     def _check_base(self) -> None:
         if self.fused and (reason := reason_not_to_fuse(self.base_optimizer)) is not None:
             raise ValueError(f"fused is True, but {reason}")

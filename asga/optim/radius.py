@@ -83,6 +83,13 @@ class Radius:
         self.rho_min = min(self.rho_min, self.rho_max)
         self.rho.mul_(factor)
 
+    def bound(self) -> None:
+        """Bring a radius of an earlier run within the bounds of this one; a constant one is that of this one."""
+        if self.rule == "constant":
+            self.rho.fill_(self.rho_max)
+        else:
+            self.rho.clamp_(self.rho_min, self.rho_max)
+
     def count(self, name: str) -> Tensor:
         """One of the counters, 0-dim; not a copy."""
         return self.counts[COUNTS.index(name)]

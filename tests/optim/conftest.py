@@ -64,7 +64,7 @@ def same_bits() -> Callable[[list[Tensor], list[Tensor]], bool]:
 
 
 # Forked after the import, so that torch is loaded once; a store of its own for every case.
-ON_TWO_RANKS = """
+ON_RANKS = """
 {source}
 
 import json, os, tempfile
@@ -75,32 +75,33 @@ CASES = json.loads({cases!r})
 def all_cases(rank, folder):
     torch.set_num_threads(1)
     for number, case in enumerate(CASES):
-        dist.init_process_group("gloo", init_method=f"file://{{folder}}/{{number}}", rank=rank, world_size=2)
+        dist.init_process_group("gloo", init_method=f"file://{{folder}}/{{number}}", rank=rank, world_size={ranks})
         result = work(rank, **case)
-        both = [None, None]
-        dist.all_gather_object(both, result)
+        results = [None] * {ranks}
+        dist.all_gather_object(results, result)
         if rank == 0:
-            print("RESULT", json.dumps(both), flush=True)
+            print("RESULT", json.dumps(results), flush=True)
         dist.destroy_process_group()
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(all_cases, (folder,), nprocs=2, start_method="fork")
+        mp.start_processes(all_cases, (folder,), nprocs={ranks}, start_method="fork")
 """
 
 
 @pytest.fixture(scope="session")
-def on_two_ranks(run_python: Callable[..., str]) -> Callable[[str, list[dict]], list[list[object]]]:
-    """A function that calls ``work(rank, **case)`` of some source in two processes (gloo), for every case.
+def on_ranks(run_python: Callable[..., str]) -> Callable[..., list[list[object]]]:
+    """A function that calls ``work(rank, **case)`` of some source in `ranks` processes (gloo), for every case.
 
-    Returns, for every case, what the two processes returned. Cases and results pass through JSON.
+    Returns, for every case, what the processes returned. Cases and results pass through JSON.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("torch without gloo")
 
-    def run(source: str, cases: list[dict]) -> list[list[object]]:
+    def run(source: str, cases: list[dict], ranks: int = 2) -> list[list[object]]:
         # Interfaces of containers are not always reachable by name.
-        printed = run_python(ON_TWO_RANKS.format(source=source, cases=json.dumps(cases)), GLOO_SOCKET_IFNAME="lo")
+        program = ON_RANKS.format(source=source, cases=json.dumps(cases), ranks=ranks)
+        printed = run_python(program, GLOO_SOCKET_IFNAME="lo")
         results = [json.loads(line[7:]) for line in printed.splitlines() if line.startswith("RESULT ")]
         assert len(results) == len(cases)
         return results

@@ -494,29 +494,70 @@ class TestStateDict:
         [
             (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
             (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+            (torch.optim.Adagrad, {"lr": 0.01}),
+            (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "fused": False}),
+            (torch.optim.SGD, {"lr": 0.05, "radius": "proportional"}),
+            (torch.optim.SGD, {"lr": 0.05, "radius": "constant", "rho_max": 0.05}),
+            (torch.optim.AdamW, {"lr": 0.01, "variant": "gsam", "max_norm": 0.1}),
+            (torch.optim.SGD, {"lr": 0.05, "variant": "sam", "adaptive": True}),
+            (torch.optim.SGD, {"lr": 0.05, "variant": "conflict"}),
         ],
-        ids=["SGD", "AdamW"],
+        ids=["SGD", "AdamW", "Adagrad", "not fused", "proportional", "constant", "gsam, clipped", "ASAM", "conflict"],
     )
     def test_resume_is_bit_identical(self, make_problem, same_bits, base, options):
+        """With a scheduler and a GradScaler, across a step that the scaler has left out."""
+
+        def parts(problem, **changed):
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7, growth_interval=3)
+            optimizer = ASGA(problem.params, base, scaler=scaler, **{**options, **changed})
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+            return {"model": problem.model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+
+        def train(problem, parts, steps):
+            optimizer, scaler = parts["optimizer"], parts["scaler"]
+            for number in steps:
+                for index, take in enumerate((optimizer.first_step, optimizer.second_step)):
+                    loss = problem.loss()
+                    scaler.scale(loss).backward()
+                    if (number, index) in ((5, 1), (9, 0)):
+                        problem.params[0].grad[0, 0] = math.inf
+                    take(loss)
+                scaler.update()
+                parts["scheduler"].step()
+
         whole = make_problem()
-        optimizer = ASGA(whole.params, base, **options)
-        for _ in range(7):
-            optimizer.step(whole.closure(optimizer))
+        uninterrupted = parts(whole)
+        train(whole, uninterrupted, range(7))
         file = io.BytesIO()
-        torch.save({"model": whole.model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-        for _ in range(7):
-            optimizer.step(whole.closure(optimizer))
+        torch.save({name: part.state_dict() for name, part in uninterrupted.items()}, file)
+        train(whole, uninterrupted, range(7, 14))
 
         file.seek(0)
         saved = torch.load(file, weights_only=True)
         resumed = make_problem()
-        resumed.model.load_state_dict(saved["model"])
-        continued = ASGA(resumed.params, base, **{**options, "lr": 123.0})
-        continued.load_state_dict(saved["optimizer"])
-        for _ in range(7):
-            continued.step(resumed.closure(continued))
+        continued = parts(resumed, lr=123.0)
+        for name, part in continued.items():
+            part.load_state_dict(saved[name])
+        train(resumed, continued, range(7, 14))
         assert same_bits(resumed.params, whole.params)
-        torch.testing.assert_close(continued.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
+        for name, part in continued.items():
+            torch.testing.assert_close(part.state_dict(), uninterrupted[name].state_dict(), rtol=0, atol=0)
+        assert continued["optimizer"].diagnostics()["skipped"] == 2
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({"rho_min": 0.01, "rho_max": 0.02}, 0.02),
+            ({"rho_min": 0.9, "rho_max": 1.0}, 0.9),
+            ({"rho_min": 0.01, "rho_max": 0.4, "radius": "constant"}, 0.4),
+        ],
+        ids=["above", "below", "constant"],
+    )
+    def test_a_radius_outside_of_the_bounds_here_is_brought_within(self, problem, options, expected):
+        saved = ASGA(problem.params, rho_min=0.1, rho_max=0.2).state_dict()
+        optimizer = ASGA(problem.params, **options)
+        optimizer.load_state_dict(saved)
+        assert optimizer.rho.item() == expected
 
     def test_loading_keeps_groups_and_state_shared(self, problem):
         optimizer = ASGA(problem.params, lr=0.1, momentum=0.9)

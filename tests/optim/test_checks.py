@@ -1,5 +1,6 @@
 """Bad input: a clear error, and every weight and every state as it was."""
 
+import copy
 import math
 import warnings
 
@@ -22,7 +23,9 @@ BAD_OPTIONS = [
     ({"rho_min": -0.1}, "rho_min is -0.1"),
     ({"rho_min": 0.0}, "rho_min is 0.0"),
     ({"rho_min": math.nan}, "rho_min is nan"),
-    ({"rho_min": 0.2, "rho_max": 0.1}, "rho_min is 0.2; it must be positive and at most rho_max = 0.1"),
+    ({"rho_min": 0.2, "rho_max": 0.1}, "rho_min is 0.2; it must be at most rho_max = 0.1"),
+    ({"rho_min": math.nan, "radius": "constant"}, "rho_min is nan"),
+    ({"rho_min": -0.1, "radius": "constant"}, "rho_min is -0.1"),
     ({"variant": "sagm"}, "variant is 'sagm'; it must be one of 'sam', 'aligned', 'conflict', 'gsam'"),
     ({"radius": "fixed"}, "radius is 'fixed'"),
     ({"alpha_mode": "abs"}, "alpha_mode is 'abs'"),
@@ -227,6 +230,50 @@ def test_state_dict_of_another_model(params, message):
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_state_dict_of_another_optimizer(problem):
-    with pytest.raises(ValueError, match="not from an ASGA optimizer"):
-        ASGA(problem.params).load_state_dict(torch.optim.SGD(problem.params).state_dict())
+def _with_base(base):
+    return lambda problem: ASGA(problem.params, base).state_dict()
+
+
+def _without(problem, *path):
+    saved = inside = ASGA(problem.params, momentum=0.9).state_dict()
+    for key in path[:-1]:
+        inside = inside[key]
+    del inside[path[-1]]
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: torch.optim.SGD(p.params).state_dict(), "not from an ASGA optimizer"),
+        (_with_base(torch.optim.AdamW), "lacks dampening, momentum, nesterov in .* the same base_optimizer, here SGD"),
+        (_with_base(torch.optim.RMSprop), "state_dict lacks dampening, .*nesterov in parameter group 0"),
+        (lambda p: _without(p, "state"), r"state_dict lacks \['state'\]"),
+        (lambda p: _without(p, "asga", "rho"), r"its entry 'asga' lacks \['rho'\]"),
+        (lambda p: _without(p, "param_groups", 0, "momentum"), "state_dict lacks momentum in parameter group 0"),
+    ],
+    ids=["SGD of torch", "AdamW inside", "RMSprop inside", "no state", "no radius", "an option is missing"],
+)
+def test_state_dict_of_another_optimizer(problem, same_bits, make, message):
+    """Nothing changes, and the optimizer still steps."""
+    optimizer = ASGA(problem.params, lr=0.1, momentum=0.5)
+    optimizer.step(problem.closure(optimizer))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(make(problem))
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+    optimizer.step(problem.closure(optimizer))
+
+
+@pytest.mark.parametrize("rho_scale", [-1.0, math.nan])
+def test_rho_scale_that_is_set_out_of_range_later(problem, same_bits, rho_scale):
+    """Groups are open to their owner; nothing has been perturbed when a step finds out."""
+    optimizer = ASGA(problem.params, lr=0.1)
+    before = problem.weights()
+    optimizer.param_groups[0]["rho_scale"] = rho_scale
+    with pytest.raises(ValueError, match=f"rho_scale is {rho_scale} in a parameter group"):
+        optimizer.step(problem.closure(optimizer))
+    assert same_bits(problem.params, before)
+    optimizer.param_groups[0]["rho_scale"] = 1.0
+    optimizer.step(problem.closure(optimizer))
+    assert not same_bits(problem.params, before)

@@ -93,12 +93,12 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def runs(on_two_ranks):
+def runs(on_ranks):
     cases = [
         {"options": OPTIONS[options], "view": VIEWS[view], "fault": FAULTS[fault][0], "faulty_pass": FAULTS[fault][1]}
         for options, view, fault in CASES
     ]
-    return dict(zip(CASES, on_two_ranks(FAULTY, cases), strict=True))
+    return dict(zip(CASES, on_ranks(FAULTY, cases), strict=True))
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=", ".join(case)) for case in CASES])
@@ -155,8 +155,8 @@ def work(rank, local):
 )
 
 
-def test_pass_1_along_the_mean_gradient_or_that_of_each_worker(on_two_ranks):
-    averaged, local = on_two_ranks(ORACLE, [{"local": False}, {"local": True}])
+def test_pass_1_along_the_mean_gradient_or_that_of_each_worker(on_ranks):
+    averaged, local = on_ranks(ORACLE, [{"local": False}, {"local": True}])
     assert max(*averaged, *local) < 1e-12
 
 
@@ -194,8 +194,8 @@ def work(rank):
 )
 
 
-def test_workers_may_lack_different_gradients_in_pass_1(on_two_ranks):
-    (((one, messages), (two, _)),) = on_two_ranks(UNUSED, [{}])
+def test_workers_may_lack_different_gradients_in_pass_1(on_ranks):
+    (((one, messages), (two, _)),) = on_ranks(UNUSED, [{}])
     assert one == two
     # All gradients at once; two losses, the norm, the step and the verdict at once.
     assert messages == 5 * [3 * (36 + 6), 5]

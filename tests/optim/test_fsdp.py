@@ -81,8 +81,8 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def parity(on_two_ranks):
-    return dict(zip(CASES, on_two_ranks(PARITY, list(CASES.values())), strict=True))
+def parity(on_ranks):
+    return dict(zip(CASES, on_ranks(PARITY, list(CASES.values())), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -105,6 +105,53 @@ class TestParity:
             assert rank["state"] in ([], ["DTensor"])
         total = 6 * 7 + 7 + 7 + 1
         assert one["local"] + two["local"] == (2 * total if case == "replicated, not sharded" else total)
+
+
+TENSOR_PARALLEL = (
+    SOURCE
+    + """
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+def work(rank, options, mesh):
+    alone = network()
+    reference = optimizer_of(alone, process_group=None, **options)
+    mesh = init_device_mesh("cpu", tuple(mesh), mesh_dim_names=("data", "tensor"))
+    model = parallelize_module(network(), mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh["data"])
+    optimizer = optimizer_of(model, **options)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        x, y = (torch.randn(8, n, generator=generator).double() for n in (6, 4))
+        parts = [t.chunk(mesh["data"].size())[mesh["data"].get_local_rank()] for t in (x, y)]
+        for net, one, (a, b) in ((alone, reference, (x, y)), (model, optimizer, parts)):
+            for take in (one.first_step, one.second_step):
+                loss = (net(a) - b).square().mean()
+                loss.backward()
+                take(loss)
+    return {
+        "error": max((a - b).abs().max().item() for a, b in zip(whole(model), whole(alone))),
+        "moved": max((a - b).abs().max().item() for a, b in zip(whole(model), network().parameters())),
+        "diagnostics": [optimizer.diagnostics(), reference.diagnostics()],
+        "placements": sorted({type(place).__name__ for p in model.parameters() for place in p.placements}),
+    }
+"""
+)
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "gsam", "max_norm": 0.5}], ids=["aligned", "gsam, clipped"])
+def test_tensor_parallel_layers_under_fsdp(on_ranks, options):
+    """Two ways of sharding at once, in a mesh of 2 x 2: to torch, the shards of the first weight are strided."""
+    for rank in on_ranks(TENSOR_PARALLEL, [{"options": options, "mesh": [2, 2]}], ranks=4)[0]:
+        assert rank["error"] < 1e-12
+        assert rank["moved"] > 1e-2
+        ours, theirs = rank["diagnostics"]
+        assert ours == pytest.approx(theirs, rel=1e-8)
+        assert rank["placements"] == ["Replicate", "Shard", "_StridedShard"]
 
 
 FAULTY = (
@@ -170,21 +217,21 @@ def work(rank):
 
 
 @pytest.mark.parametrize("faulty_pass", [1, 2])
-def test_an_infinity_in_one_shard_skips_the_step_on_both(on_two_ranks, faulty_pass):
-    ((one, two),) = on_two_ranks(FAULTY, [{"faulty_pass": faulty_pass}])
+def test_an_infinity_in_one_shard_skips_the_step_on_both(on_ranks, faulty_pass):
+    ((one, two),) = on_ranks(FAULTY, [{"faulty_pass": faulty_pass}])
     assert one == two
     assert one["changed"] == [number != 3 for number in range(9)]
     assert (one["skipped"], one["scale"], one["finite"]) == (1, 0.5, True)
 
 
-def test_an_exception_between_the_passes_restores_the_shards(on_two_ranks):
-    results = on_two_ranks(INTERRUPTED, [{"error": "KeyboardInterrupt"}, {"error": "RuntimeError"}])
+def test_an_exception_between_the_passes_restores_the_shards(on_ranks):
+    results = on_ranks(INTERRUPTED, [{"error": "KeyboardInterrupt"}, {"error": "RuntimeError"}])
     for rank in (*results[0], *results[1]):
         assert rank["moved"] > 1e-5
         assert rank["restored"]
 
 
-def test_local_ascent_is_refused_before_anything_moves(on_two_ranks):
-    for message, untouched in on_two_ranks(LOCAL, [{}])[0]:
+def test_local_ascent_is_refused_before_anything_moves(on_ranks):
+    for message, untouched in on_ranks(LOCAL, [{}])[0]:
         assert "local_ascent is True" in message
         assert untouched
