@@ -1,8 +1,8 @@
 """Steps of a sharpness-aware optimizer: the lists of parameters of real networks, and what is timed.
 
 That is the part of the optimizer: gradients of both passes are given. Pass A is everything between the two
-backward passes (norm, backup, perturbation), pass B everything after the second (projection, restore, SGD with
-momentum), "step" both with all that a user's call costs.
+backward passes (norm, backup, perturbation), pass B everything after the second (projection, restore, the update of
+the base optimizer), "step" both with all that a user's call costs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,26 +13,33 @@ import torch
 from torch import Tensor
 
 PASSES = ("pass A", "pass B", "step")
+# Variant of `asga.optim.ASGA` and base optimizer: the one that needs most of a step, the one that needs least, and the
+# one with two moments.
+METHODS = (("gsam", "sgd"), ("sam", "sgd"), ("sam", "adamw"))
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """The parameters of a network.
+    """The parameters of a network, and the step that they make.
 
     Attributes:
         network: Such as "resnet50".
         shapes: Of its parameters.
         dtype: Of all of them.
+        variant: "gsam" or "sam".
+        base: "sgd" with momentum, or "adamw"; both with weight decay.
     """
 
     network: str
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype = torch.float32
+    variant: str = "gsam"
+    base: str = "sgd"
 
     @property
     def name(self) -> str:
         """Such as ``step/resnet50/gsam-sgd/float32``."""
-        return f"step/{self.network}/gsam-sgd/{str(self.dtype).removeprefix('torch.')}"
+        return f"step/{self.network}/{self.variant}-{self.base}/{str(self.dtype).removeprefix('torch.')}"
 
     @property
     def nbytes(self) -> int:
@@ -40,8 +47,13 @@ class StepCase:
         return self.dtype.itemsize * sum(torch.Size(shape).numel() for shape in self.shapes)
 
     def traffic(self, passes: str) -> int:
-        """Bytes that must be moved, see method.md: pass A 5 (g0 twice, weights in and out, backup), pass B 8."""
-        return {"pass A": 5, "pass B": 8, "step": 13}[passes] * self.nbytes
+        """Bytes that must be moved.
+
+        Pass A: 5 lists (g0 twice, weights in and out, backup). Pass B: backup, g1 and momentum in, weights and momentum
+        out; a second moment in and out with AdamW; with GSAM both gradients for their products, and g0.
+        """
+        pass_b = {"sgd": 5, "adamw": 7}[self.base] + {"sam": 0, "gsam": 3}[self.variant]
+        return {"pass A": 5, "pass B": pass_b, "step": 5 + pass_b}[passes] * self.nbytes
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,8 @@ def _cases() -> Iterator[StepCase]:
         ("vit_b", _transformer(768, 12, [(768, 3, 16, 16), (768,), (1, 1, 768), (1, 197, 768), (1000, 768), (1000,)])),
         ("gpt_1b3", _transformer(2048, 24, [(50257, 2048), (2048, 2048)])),
     ):
-        yield StepCase(network, tuple(shapes))
+        for variant, base in METHODS:
+            yield StepCase(network, tuple(shapes), variant=variant, base=base)
 
 
 def _resnet(depth: int) -> list[tuple[int, ...]]:

@@ -1,11 +1,14 @@
 import pytest
 import torch
 
-from asga.bench import step_peers
+from asga.bench import step_peers, steps
 from asga.bench.step_peers import build_steppers, count_calls
 from asga.bench.steps import StepCase, Stepper
 
-SMALL = StepCase("small", ((40, 30), (40,), (7, 40)))
+SHAPES = ((40, 30), (40,), (7, 40))
+SMALL = StepCase("small", SHAPES)
+METHODS = [StepCase("small", SHAPES, variant=variant, base=base) for variant, base in steps.METHODS]
+PEERS = {"pytorch_optimizer", "pytorch_optimizer, fused base"}
 
 
 @pytest.fixture
@@ -15,13 +18,27 @@ def eager_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize("together", [1, 2, 16])
-def test_all_make_the_same_step(eager_compiler, monkeypatch, together):
+@pytest.mark.parametrize("case", METHODS, ids=[case.name for case in METHODS])
+def test_all_make_the_same_step(eager_compiler, monkeypatch, case, together):
     monkeypatch.setattr(step_peers, "_COMPILED_TOGETHER", together)
-    found, left_out = build_steppers(SMALL, "cpu")
+    found, left_out = build_steppers(case, "cpu")
     names = [stepper.name for stepper in found]
     assert names[:4] == ["asga", "eager", "foreach", "torch.compile"]
-    assert set(names) | set(left_out) == {*names[:4], "pytorch_optimizer"}
+    assert set(names) | set(left_out) == {*names[:4], *PEERS}
     assert set(left_out.values()) <= {"not installed"}
+
+
+@pytest.mark.parametrize("case", METHODS, ids=[case.name for case in METHODS])
+def test_the_passes_of_asga_make_its_step(case):
+    """What is timed as pass A and pass B is what is timed as the step."""
+    whole, apart = (step_peers._asga(step_peers.Tensors(case, "cpu")) for _ in range(2))
+    before = [w.detach().clone() for w in apart.weights]
+    for _ in range(3):
+        whole.run["step"]()
+        apart.run["pass A"]()
+        apart.run["pass B"]()
+    assert all(torch.equal(a, b) for a, b in zip(whole.weights, apart.weights, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(apart.weights, before, strict=True))
 
 
 def test_torch_compile_is_left_out_on_request():
@@ -39,8 +56,9 @@ def test_one_that_makes_another_step_is_left_out(monkeypatch):
     assert "makes another step" in left_out["foreach"]
 
 
-def test_what_is_declared_is_what_is_counted():
-    moved, calls = count_calls(SMALL)
+@pytest.mark.parametrize("case", METHODS, ids=[case.name for case in METHODS])
+def test_what_is_declared_is_what_is_counted(case):
+    moved, calls = count_calls(case)
     # The mark of a perturbation is a tensor of one value, read and written, and so is its backup.
-    assert moved == SMALL.traffic("step") + 4 * 4
-    assert calls == 6
+    assert moved == case.traffic("step") + 4 * 4
+    assert calls == {"gsam": 6, "sam": 5}[case.variant]
