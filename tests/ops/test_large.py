@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from asga.ops import backends, reference
+from asga.ops import backends, reference, sam_reference
+from asga.ops.sam_library import VARIANTS
 
 ops = torch.ops.asga
 
 COUNT = 2**31 + 8194
 # Both ends, and the first values whose index is no 32-bit integer. All begin and end between rows of three.
 PLACES = [slice(0, 4098), slice(2**31 - 4100, 2**31 + 4099), slice(COUNT - 3000, COUNT)]
-# Input, and result or gradient, in 16 bits; what else the process needs.
+# Input, and result or gradient, in 16 bits; what else the process needs. A step has two more lists.
 NEEDED = 2 * 2 * COUNT + 2**30
+NEEDED_BY_A_STEP = NEEDED + 2 * 2 * COUNT
 
 
 def _available_memory() -> int:
@@ -92,3 +94,34 @@ def test_mixed_fake_quant(x):
         lambda room, x: room.mixed_fake_quant(x, *settings),
         lambda room, grad, x: room.mixed_fake_quant_backward(grad, x, *settings),
     )
+
+
+@pytest.mark.skipif(_available_memory() < NEEDED_BY_A_STEP, reason=f"needs {NEEDED_BY_A_STEP / 2**30:.0f} GiB of memory")
+def test_sam(x):
+    """A step of GSAM and SGD; the input is both gradients."""
+    small = _at_places(x)
+    # The norm is about 370: a step of 0.3, more than bfloat16 rounds away.
+    rho, ones = torch.tensor(100.0, dtype=torch.float64), [1.0]
+    losses, counts = torch.zeros(0, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+    found = []
+    for room, g, places in ((ops, x, _at_places), (sam_reference, small, torch.clone)):
+        theta, backup, momentum = g.clone(), torch.zeros_like(g), torch.zeros_like(g)
+        q0 = room.sam_norm([theta], [g], ones, False)
+        step = room.sam_ascent_step(q0, rho, None, 0.0, True)
+        room.sam_perturb([theta], [backup], [], [g], step, ones, False)
+        perturbed = places(theta)
+        dots = room.sam_dots([backup], [g], [g], ones, False)
+        scalars = (q0, step, dots, losses, None, None, rho, counts)
+        coefficients = room.sam_coefficients(*scalars, VARIANTS.index("gsam"), 0.4, None, False, 0.1, 1.0)
+        room.sam_sgd([theta], [backup], [g], [g], [momentum], coefficients, None, 0.1, 0.9, 0.01, False)
+        found.append((q0, dots, perturbed, theta, backup, momentum))
+    (q0, dots, perturbed, *tensors), (small_q0, small_dots, small_perturbed, *expected) = found
+    torch.testing.assert_close(q0, small_q0, rtol=1e-6, atol=0)
+    torch.testing.assert_close(dots, small_dots, rtol=1e-6, atol=0)
+    # Scalars that differ in their last bits may round a weight the other way.
+    torch.testing.assert_close(perturbed, small_perturbed, rtol=1e-2, atol=0)
+    torch.testing.assert_close(perturbed, 1.27 * small, rtol=2e-2, atol=0)
+    for large, wanted in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(_at_places(large), wanted, rtol=1e-2, atol=0)
+        assert torch.count_nonzero(large) == torch.count_nonzero(wanted)
+    assert not torch.equal(tensors[0], x)

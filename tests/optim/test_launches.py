@@ -38,8 +38,9 @@ def statistics(device):
             getattr(model, str(number)).register_buffer(name, torch.zeros(2 + number, device=device))
     return model
 
-def record(device, base="SGD", loss="tensor", rate=False, running=False, **options):
-    params = [nn.Parameter(torch.ones(shape, device=device)) for shape in ((4, 3), (5,), (2, 2, 2), ())]
+def record(device, base="SGD", loss="tensor", rate=False, running=False, others=(), **options):
+    shapes = ((4, 3), (5,), (2, 2, 2), ())
+    params = [nn.Parameter(torch.ones(shape, device=place)) for place in (device, *others) for shape in shapes]
     model = statistics(device) if running else None
     optimizer = ASGA(params, getattr(torch.optim, base), model=model, lr=0.1, **options)
     if rate:
@@ -106,6 +107,21 @@ def test_a_step_reads_no_value_and_copies_none_between_devices(recorded, case):
     device, calls = recorded
     assert not READS & {name.partition(".")[0] for name, _, _ in calls[case]}
     assert {name for _, _, devices in calls[case] for name in devices} == {device}
+
+
+def test_parameters_on_several_devices(run_python):
+    """Every operator over lists once a device, scalars brought together on that of the first parameter, no value read."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch has no devices without a backend in C++")
+    cases = [{"others": ["cpu"], "variant": "gsam", "momentum": 0.9}, {"others": ["cpu"], "base": "AdamW"}]
+    for case, update in zip(json.loads(run_python(SOURCE % json.dumps([ABSENT, cases]))), ("sgd", "adam"), strict=True):
+        assert not READS & {name.partition(".")[0] for name, _, _ in case}
+        ours = [(name, devices) for name, _, devices in case if name.startswith("asga::")]
+        for operator in ("sam_norm", "sam_perturb", "sam_dots", f"sam_{update}"):
+            places = [devices for name, devices in ours if name == f"asga::{operator}"]
+            assert sorted(places) == [["absent"], ["cpu"]], operator
+        for operator in ("sam_ascent_step", "sam_coefficients"):
+            assert [devices for name, devices in ours if name == f"asga::{operator}"] == [["absent"]]
 
 
 def test_an_unfused_step_reads_one_value(run_python):
