@@ -343,8 +343,8 @@ class ASGA(WrappingOptimizer):
     def scale_radius(self, factor: float) -> None:
         """Multiply the radius and `rho_max`, and `rho_min` where it would lie above, for when steps go too far.
 
-        The bounds are no part of `state_dict`: whoever scales them does so again after building the optimizer anew. A
-        step captured in a CUDA graph keeps the bounds of its capture.
+        The bounds are no part of `state_dict`: whoever scales them does so again after building the optimizer anew,
+        before `load_state_dict`. A step captured in a CUDA graph keeps the bounds of its capture.
 
         Raises:
             ValueError: `factor` is not positive and finite.
