@@ -19,6 +19,7 @@ from asga.runs import RunFolder
 from asga.search import PolicySearcher, SearchResult
 from asga.search.comparison import NotBetterThanUniform
 from asga.search.costs import Costs
+from asga.training import CHECKPOINT_EVERY
 from asga.transfer import TransferTrainer
 
 # A float model is trained from scratch: a learning rate and a weight decay usual for small ResNets (He et al. 2016,
@@ -35,6 +36,7 @@ class Setting:
     train: Batches
     val: Batches
     autocast: torch.dtype | None
+    checkpoint_every: int = CHECKPOINT_EVERY
 
 
 def float_model(
@@ -52,6 +54,7 @@ def float_model(
             weight_decay=_FLOAT_WEIGHT_DECAY,
             validate_every=max(1, epochs // 5),
             autocast=setting.autocast,
+            checkpoint_every=setting.checkpoint_every,
             folder=setting.folder,
             progress=setting.console.progress,
             stage=stage,
@@ -83,6 +86,7 @@ def transferred(
             epochs=epochs,
             method=method,
             autocast=setting.autocast,
+            checkpoint_every=setting.checkpoint_every,
             folder=setting.folder,
             progress=setting.console.progress,
             stage=stage,

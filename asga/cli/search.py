@@ -21,7 +21,10 @@ from asga.cli.options import (
     open_batches,
     parse_bits,
     parse_budget,
+    parse_group,
+    parse_pins,
     recorded,
+    split_names,
 )
 from asga.cli.pipeline import Setting, finish_run, float_model, searched
 from asga.data import Batches
@@ -42,7 +45,7 @@ from asga.search.diagnosis import by_candidate
 from asga.search.relaxation import RELAXATIONS
 from asga.search.result import TOSS_UP
 from asga.targets import TARGETS
-from asga.training import first_batches
+from asga.training import CHECKPOINT_EVERY, first_batches
 
 # For the report: few, since a batch takes as long as about five steps of a search.
 _SENSITIVITY_BATCHES = 4
@@ -78,7 +81,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     space.add_argument("--formats", help="candidates by name for both: int2 to int8; for weights also fp4, fp8")
     space.add_argument("--target", default="any", help=f"where the model will run: any, {', '.join(TARGETS)}")
     space.add_argument("--first-last", type=int, default=8, help="bits of the first and last layer; 0: searched too")
+    space.add_argument(
+        "--pin",
+        action="append",
+        metavar="PATTERN=BITS",
+        help="bits of layers that are not searched, by name or pattern: conv1=8, or 'layer1.*=4/8' for weight and "
+        "input, none for an input that stays float; may be repeated: the last one that matches a layer counts",
+    )
+    space.add_argument(
+        "--exclude", action="append", metavar="PATTERN", help="layers that stay float, by name or pattern; repeatable"
+    )
     space.add_argument("--groups", default="", help="rules for layers that share bits: residual,qkv,depthwise")
+    space.add_argument(
+        "--group",
+        action="append",
+        metavar="NAMES[=SHARE]",
+        help="layers that share bits, by names or patterns: conv1,conv2, or conv1,conv2=act for those of their inputs "
+        "alone (weight: of their weights); may be repeated",
+    )
     add_data_options(parser)
     add_training_options(parser, methods=METHODS, epochs=5, float_epochs=15)
     parser.add_argument(
@@ -88,17 +108,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train the logits on this share of the images, weights on the rest",
     )
     parser.add_argument("--relaxation", choices=RELAXATIONS, default="softmax", help="gumbel: sample the candidates")
-    add_run_options(parser, out="runs/search")
+    group = add_run_options(parser, out="runs/search")
+    group.add_argument(
+        "--checkpoint-every", type=int, default=CHECKPOINT_EVERY, metavar="STEPS", help="what a kill costs at most"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Search and write the run folder."""
-    check_at_least_one(options, "epochs", "float_epochs", "target_size", "seeds")
+    check_at_least_one(options, "epochs", "float_epochs", "target_size", "seeds", "checkpoint_every")
     budget = parse_budget(options.budget)
     given = {name: getattr(options, name) for name in ("weight_bits", "act_bits", "formats")}
     candidates = {name: parse_bits(text) for name, text in given.items() if text is not None}
-    groups = tuple(filter(None, options.groups.split(",")))
-    space = SearchSpace(**candidates, first_last=options.first_last or None, target=options.target, groups=groups)
+    space = SearchSpace(
+        **candidates,
+        first_last=options.first_last or None,
+        pinned=parse_pins(options.pin or ()),
+        exclude=options.exclude or (),
+        target=options.target,
+        groups=[*split_names(options.groups), *map(parse_group, options.group or ())],
+    )
     latency_table = None if options.latency_table is None else LatencyTable.from_csv(options.latency_table)
     with Console() as console:
         train, val = open_batches(options, console)
@@ -116,6 +145,7 @@ def run(options: argparse.Namespace) -> None:
                 example_inputs=example_inputs(train, options.target_size),
                 latency_table=latency_table,
                 autocast=autocast_dtype(options),
+                checkpoint_every=options.checkpoint_every,
                 folder=folder,
                 progress=console.progress,
                 stage=stage,
@@ -128,7 +158,7 @@ def run(options: argparse.Namespace) -> None:
         if options.init is not None:
             load_weights(model, options.init)
         folder = RunFolder(options.out, "search", recorded(options), resume=options.resume)
-        setting = Setting(folder, console, train, val, autocast_dtype(options))
+        setting = Setting(folder, console, train, val, autocast_dtype(options), options.checkpoint_every)
         if options.init is None:
             model, _ = float_model(setting, build, epochs=options.float_epochs, seed=options.seed)
         batches = first_batches(train, _SENSITIVITY_BATCHES)

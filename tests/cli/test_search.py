@@ -1,4 +1,5 @@
 import errno
+import html
 import json
 import os
 import shutil
@@ -9,7 +10,8 @@ import pytest
 import asga
 from asga.cli import main
 from asga.cli.console import Console
-from asga.search import LatencyTable, SearchResult, consensus, policy_agreement
+from asga.runs import RunFolder
+from asga.search import Group, LatencyTable, SearchResult, consensus, policy_agreement
 
 
 def without_times(path) -> list[dict]:
@@ -111,6 +113,40 @@ class TestRunFolder:
         assert searched == {((4, "fp4", "fp8"), (None,))}
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         assert (config["options"]["formats"], config["options"]["target"]) == ("int4,fp4,fp8", "any")
+
+    def test_pins_exclusions_and_groups_reach_the_search(self, figures, run, fails, search_arguments, tmp_path):
+        given = ("--pin", "conv*=8", "--pin", "conv1 = 4/6", "--first-last", 0, "--groups", " residual, qkv ")
+        assert run(*search_arguments, *given, "--exclude", "conv3", "--method", "random")[0] == 0
+        found = SearchResult.load(tmp_path / "run" / "search.json")
+        bits = {name: (c.weight_bits, c.act_bits) for name, c in found.choices.layers.items() if c.pinned}
+        assert bits == {"conv1": ((4,), (6,)), "conv2": ((8,), (8,))}
+        assert found.choices.excluded == ("conv3",)
+        options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+        assert (options["pin"], options["exclude"]) == (["conv*=8", "conv1 = 4/6"], ["conv3"])
+        page = html.unescape((tmp_path / "run" / "report.html").read_text())
+        assert "<dd>['conv*=8', 'conv1 = 4/6']</dd>" in page
+        assert "(exclude: ['conv3'] then, None now)" in fails(
+            *search_arguments, *given, "--method", "random", "--resume"
+        )
+
+    def test_groups_by_hand_reach_the_search(self, run, fails, search_arguments, tmp_path):
+        given = ("--first-last", 0, "--group", "conv1, fc=act", "--group", "conv[23]", "--method", "random")
+        assert run(*search_arguments, *given)[0] == 0
+        found = SearchResult.load(tmp_path / "run" / "search.json")
+        assert found.choices.groups == (Group(("conv1", "fc"), "act"), Group(("conv2", "conv3")))
+        assert found.policy["conv2"] == found.policy["conv3"]
+        other = ("--first-last", 0, "--group", "conv[23]", "--method", "random")
+        assert "group: ['conv1, fc=act', 'conv[23]'] then" in fails(*search_arguments, *other, "--resume")
+
+    def test_checkpoints_as_often_as_asked(self, run, search_arguments, monkeypatch):
+        """Three batches an epoch, two epochs, float model and search: every second step and at each epoch's end."""
+        written = []
+        monkeypatch.setattr(RunFolder, "save_checkpoint", lambda *_: written.append(1))
+        assert run(*search_arguments, "--checkpoint-every", 2)[0] == 0
+        often, written[:] = len(written), []
+        shutil.rmtree("run")
+        assert run(*search_arguments)[0] == 0
+        assert often == len(written) + 2 * 2
 
     def test_given_weights_are_not_trained_again(self, run, search_arguments, tmp_path):
         assert run(*search_arguments)[0] == 0
@@ -338,6 +374,16 @@ class TestBadInput:
             (("--formats", "int4,fp6"), "formats[1] is 'fp6'; supported are int2"),
             (("--formats", "int4", "--weight-bits", "4"), "formats is ('int4',) and weight_bits is (4,)"),
             (("--formats", "fp4,fp8"), "no integer for the inputs"),
+            (("--pin", "conv2"), "'conv2' is not a pattern with bits such as conv1=8"),
+            (("--pin", "conv2=w4a4"), "'conv2=w4a4' is not a pattern with bits"),
+            (("--pin", "conv2=9"), "pinned['conv2'] is 9; supported are 2 to 8"),
+            (("--pin", "conv2=4/none8"), "is not a pattern with bits"),
+            (("--pin", "con2=4"), "the pattern 'con2' matches no quantizable layer; did you mean 'conv2'"),
+            (("--pin", "conv2=4", "--pin", "conv2=8"), "--pin: 'conv2' is there twice"),
+            (("--exclude", "layer1.*"), "exclude: the pattern 'layer1.*' matches no quantizable layer"),
+            (("--group", "conv2"), "at least two layers that are searched are needed"),
+            (("--group", "conv2,conv3=bits"), "--group: 'conv2,conv3=bits': share of a group is 'bits'"),
+            (("--group", ","), "--group: ',': a group has no layers"),
             (("--target", "tensort"), "target is 'tensort'"),
             (("--target", "onnxruntime-cpu"), "onnxruntime-cpu cannot run, as weights x inputs:"),
             (("--first-last", "16"), "first_last is 16"),
@@ -350,6 +396,7 @@ class TestBadInput:
             (("--float-epochs", -1), "--float-epochs is -1; it must be at least 1"),
             (("--seeds", 0), "--seeds is 0; it must be at least 1"),
             (("--target-size", -8), "--target-size is -8; it must be at least 1"),
+            (("--checkpoint-every", 0), "--checkpoint-every is 0; it must be at least 1"),
             (("--batch-size", 0), "batch_size is 0"),
             (("--limit", 0), "limit is 0"),
             (("--limit", 1), "the proxy has a single class"),
