@@ -13,7 +13,7 @@ import asga
 from asga import Budget, InfeasibleBudgetError, LatencyTable, PolicySearcher, SearchSpace
 from asga.models import resnet20
 from asga.policy import LayerPolicy
-from asga.runs import RunFolder
+from asga.runs import RunExistsError, RunFolder
 from asga.search.comparison import NotBetterThanUniform
 from asga.search.costs import policy_costs
 from asga.search.groups import Group
@@ -640,11 +640,55 @@ class TestBadInput:
             ({"method": "hawk"}, "method is 'hawk'; it must be one of 'asga'"),
             ({"temperature": (0.2, 1.0)}, "temperature is"),
             ({"temperature": (1.0, 0.0)}, "temperature is"),
+            ({"lr": -1}, "lr is -1; it must be finite and not negative"),
+            ({"lr": math.nan}, "lr is nan"),
+            ({"logit_lr": -0.1}, "logit_lr is -0.1"),
+            ({"weight_decay": math.inf}, "weight_decay is inf"),
+            ({"momentum": 1.0}, "momentum is 1.0; it must be below 1 and not negative"),
+            ({"warmup": -1}, "warmup is -1; it must be at least 0"),
+            ({"measure_batches": 0}, "measure_batches is 0"),
+            ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+            ({"autocast": torch.int8}, r"autocast is torch.int8; it must be torch.bfloat16"),
+            (
+                {"optimizer_options": {"rho_mx": 0.2}},
+                "'rho_mx', which is no option of method 'asga'; did you mean ",
+            ),
+            ({"optimizer_options": {"rho_max": 0.2}, "method": "sgd"}, "'rho_max', which is no option of method 'sgd'"),
+            ({"optimizer_options": {"lr": 0.2}}, "optimizer_options has 'lr', an argument of its own: lr=0.2"),
         ],
     )
     def test_options_out_of_range(self, tiny_net, options, message):
         with pytest.raises(ValueError, match=message):
             PolicySearcher(tiny_net(), **{"budget": W4A4, "epochs": 1, **options})
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"budget": "w4a4"}, r"budget is 'w4a4'; a Budget is needed, such as Budget\(bitops='w4a4'\)"),
+            ({"budget": 1000}, r"budget is 1000; a Budget is needed, such as Budget\(bitops='w4a4'\)"),
+            ({"space": {}}, "space is {}; a SearchSpace"),
+            ({"epochs": 1.5}, "epochs is 1.5; an integer is needed"),
+            ({"epochs": True}, "epochs is True; an integer is needed"),
+            ({"warmup": 0.1}, "warmup is 0.1; an integer is needed"),
+            ({"lr": "0.1"}, "lr is '0.1'; a number is needed"),
+            ({"held_out": "0.1"}, "held_out is '0.1'; a number is needed"),
+            ({"temperature": 1.0}, "temperature is 1.0; a pair is needed"),
+            ({"temperature": ("1", "0.2")}, r"temperature\[0\] is '1'; a number is needed"),
+            ({"autocast": "bfloat16"}, "autocast is 'bfloat16'; a dtype such as torch.bfloat16, or None, is needed"),
+            ({"optimizer_options": [0.2]}, r"optimizer_options is \[0.2\]; a mapping"),
+            ({"latency_table": "times.csv"}, "latency_table is 'times.csv'; a LatencyTable"),
+            ({"folder": 3}, "folder is 3; a path or a RunFolder"),
+            ({"meta": "resnet20"}, "meta is 'resnet20'; a mapping is needed"),
+        ],
+        ids=lambda value: str(value)[:40],
+    )
+    def test_options_of_another_type(self, tiny_net, options, message):
+        with pytest.raises(TypeError, match=message):
+            PolicySearcher(tiny_net(), **{"budget": W4A4, "epochs": 1, **options})
+
+    def test_no_model(self):
+        with pytest.raises(TypeError, match=r"model is 'resnet20'; a torch.nn.Module is needed"):
+            PolicySearcher("resnet20", budget=W4A4)
 
     def test_without_scipy(self, tiny_net, labeled_batches, monkeypatch):
         """Said before the first step, not after the last."""
@@ -714,6 +758,25 @@ class TestResume:
         assert bits_of(result.history) == bits_of(expected.history)
         assert result.uniform == expected.uniform
         assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
+
+    def test_in_a_folder_of_that_name(self, tiny_net, labeled_batches, tmp_path, method):
+        path = tmp_path / "runs" / "one"
+        with pytest.raises(InfeasibleBudgetError):
+            search(tiny_net(), labeled_batches(), budget=Budget(bitops=1000), method=method, folder=str(path))
+        assert not path.exists()
+        options = {"method": method, "folder": str(path), "checkpoint_every": 2}
+
+        def stop(state) -> None:
+            if state.step == 4:
+                _interrupt()
+
+        with pytest.raises(KeyboardInterrupt):
+            search(tiny_net(), labeled_batches(), progress=stop, **options)
+        steps = []
+        search(tiny_net(), labeled_batches(), progress=steps.append, **options)
+        assert [state.step for state in steps] == [5, 6]
+        with pytest.raises(RunExistsError, match="holds a run with other options"):
+            RunFolder(path, "transfer", {}, resume=True)
 
     @pytest.mark.parametrize(
         ("options", "message"),
