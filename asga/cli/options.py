@@ -159,10 +159,18 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        model.load_state_dict(state)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except Exception as error:  # torch.load raises many types for a damaged file
+    except Exception as error:  # torch.load raises many types for what it has not written
+        raise ValueError(
+            f"{path} is no file of weights, or a damaged one ({type(error).__name__}); a state dict that torch.save "
+            f"wrote is needed"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}; a state dict of this model is needed")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
         raise ValueError(f"{path} does not hold the weights of this model: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """``asga search``: find a bit-width policy on a proxy dataset."""
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -49,11 +50,6 @@ from asga.training import CHECKPOINT_EVERY, first_batches
 
 # For the report: few, since a batch takes as long as about five steps of a search.
 _SENSITIVITY_BATCHES = 4
-_VERDICTS = {
-    True: "better than uniform bits",
-    False: "NOT better than uniform bits",
-    None: "beside uniform bits",
-}
 
 HELP = "search a bit-width policy on a small dataset"
 
@@ -74,7 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="search this many times, with the images in other orders, from one float model; policy.json is then the "
         "policy that all searches together find likeliest",
     )
-    parser.add_argument("--target-size", type=int, help="count BitOps at this image side instead of the proxy's")
+    parser.add_argument(
+        "--target-size",
+        type=int,
+        metavar="SIDE",
+        help="height and width, in pixels, of the images that the model is meant for: BitOps and activation memory are "
+        "counted there, the search itself sees the proxy's as they are; default: those of the proxy",
+    )
     space = parser.add_argument_group("search space")
     space.add_argument("--weight-bits", help="candidates; default: 2,3,4,6,8")
     space.add_argument("--act-bits", help="candidates; default: 2,3,4,6,8; none: inputs stay float")
@@ -237,7 +239,7 @@ def describe(result: SearchResult) -> list[str]:
     if found.get("toss_ups"):
         lines.append(f"{found['toss_ups']} of {found['choices']} choices were toss-ups (gap below {TOSS_UP})")
     if result.uniform is not None:
-        lines.append(f"{_VERDICTS[result.uniform.better]}: {result.uniform}")
+        lines.append(f"the policy is {result.uniform.verdict}: {result.uniform}")
     return lines
 
 
@@ -258,9 +260,9 @@ def describe_seeds(results: Mapping[str, SearchResult]) -> list[str]:
         return []
     found = _agreement(results)
     compared = [result.uniform for result in results.values() if result.uniform is not None]
-    worse = sum(uniform.better is False for uniform in compared)
+    not_better = Counter(uniform.verdict for uniform in compared if uniform.better is False)
     return [
-        *([f"{worse} of {len(compared)} seeds are NOT better than uniform bits at equal cost"] if worse else []),
+        *(f"policies of single seeds: {n} of {len(compared)} {verdict}" for verdict, n in not_better.items()),
         f"{len(results)} seeds: two of them agree on {found.equal:.1%} of {found.choices} choices, all of them on "
         f"{found.unanimous}; chance would give {found.chance:.1%} (p = {found.p_value:.2g})",
     ]

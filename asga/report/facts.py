@@ -7,6 +7,7 @@ from statistics import fmean
 from asga.policy import Policy, bit_width
 from asga.report.html import bytes_, count, duration, percent
 from asga.report.run import METRIC_NAMES, Run
+from asga.search.comparison import UniformComparison
 from asga.search.methods import METHODS, TRAINED
 
 # A radius on one bound for more than this share of the steps is in effect a constant.
@@ -48,10 +49,11 @@ def run_warnings(run: Run) -> list[str]:
         for stage, times in recoveries.items()
     ]
     compared = uniform_comparisons(run)
-    worse = [name for name, found in compared.items() if found["better"] is False]
-    if worse and (run.result or {}).get("method") != "uniform":
-        whose = "the policy is" if len(compared) == 1 else f"the policies of {len(worse)} of {len(compared)} seeds are"
-        warnings.append(f"On the proxy {whose} not better than uniform bits within the same budget, see below.")
+    if (run.result or {}).get("method") != "uniform":
+        not_better = Counter(found.verdict for found in compared.values() if found.better is False)
+        for verdict, times in not_better.items():
+            whose = "the policy is" if len(compared) == 1 else f"of the policies, {times} of {len(compared)} are"
+            warnings.append(f"On the proxy, at equal cost, {whose} {verdict}, see below.")
     for stage, seeds in run.stages.items():
         for bound, where in (("rho_min", "lower"), ("rho_max", "upper")):
             shares = [epochs[-1].get(f"share_at_{bound}", 0.0) for epochs in seeds.values()]
@@ -85,12 +87,12 @@ def run_events(run: Run) -> list[str]:
     return lines
 
 
-def uniform_comparisons(run: Run) -> dict[str, dict[str, object]]:
-    """By search, its comparison with uniform pairs of bits, as `UniformComparison.to_dict` gives it."""
+def uniform_comparisons(run: Run) -> dict[str, UniformComparison]:
+    """By search, its comparison with the uniform pairs of bits, where there are any."""
     result = run.result or {}
     found = {name: seed.get("uniform") for name, seed in result.get("seeds", {}).items()}
     found |= {"policy": result.get("uniform")}
-    return {name: comparison for name, comparison in found.items() if comparison and comparison["pairs"]}
+    return {name: UniformComparison.from_dict(one) for name, one in found.items() if one and one["pairs"]}
 
 
 def uniform_note(method: str | None) -> str:

@@ -72,6 +72,21 @@ class UniformComparison:
         """Whether the policy's loss is lower by more than two standard errors; None where that is not known."""
         return None if self.error is None else self.difference < -_ERRORS * self.error
 
+    @property
+    def verdict(self) -> str:
+        """The same in words that go behind "the policy is".
+
+        A difference in favour of the policy that is within two standard errors is not distinguishable; one against it
+        is not better, whatever its size. A policy that scores exactly as the best pair, batch by batch, is that pair.
+        """
+        if self.best is not None and self.policy == self.pairs[self.best]:
+            return f"the uniform pair {self.best} itself"
+        if self.better is None:
+            return "not comparable with uniform bits"
+        if self.better:
+            return "better than uniform bits"
+        return f"{'not distinguishable from' if self.difference < 0 else 'NOT better than'} uniform bits"
+
     def __str__(self) -> str:
         if self.best is None:
             return "no uniform pair of bits fits the budget"
@@ -87,11 +102,11 @@ class UniformComparison:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Everything, for JSON: also best, difference, error and better."""
+        """Everything, for JSON: also best, difference, error, better and verdict."""
         return {
             "policy": _score_dict(self.policy),
             "pairs": {name: _score_dict(score) for name, score in self.pairs.items()},
-            **{name: getattr(self, name) for name in ("best", "difference", "error", "better")},
+            **{name: getattr(self, name) for name in ("best", "difference", "error", "better", "verdict")},
         }
 
     @classmethod

@@ -228,9 +228,7 @@ class PolicySearcher:
         pairs = {str(LayerPolicy(*pair)): scorer(choice) for pair, choice in uniform.items()}
         comparison = UniformComparison(scorer(policy), pairs)
         if comparison.better is False and self.method != "uniform":
-            warnings.warn(
-                f"the policy is not better than uniform bits: {comparison}", NotBetterThanUniform, stacklevel=2
-            )
+            warnings.warn(f"the policy is {comparison.verdict}: {comparison}", NotBetterThanUniform, stacklevel=2)
         return SearchResult(
             policy=policy,
             budget=self.budget,

@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 import asga
 from asga.cli import main
@@ -412,8 +413,18 @@ class TestBadInput:
         assert message in fails(*search_arguments, *options)
 
     def test_weights_of_another_model(self, fails, search_arguments, tmp_path):
-        (tmp_path / "other.pt").write_bytes(b"not weights")
-        assert "other.pt does not hold the weights" in fails(*search_arguments, "--init", "other.pt")
+        torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pt")
+        assert "other.pt does not hold the weights of this model: " in fails(*search_arguments, "--init", "other.pt")
+
+    @pytest.mark.parametrize("content", [b"not weights", b"layer,weight_bits\n", b"", b"\x80\x02]q\x00."])
+    def test_file_without_weights(self, fails, search_arguments, tmp_path, content):
+        (tmp_path / "other.pt").write_bytes(content)
+        err = fails(*search_arguments, "--init", "other.pt")
+        assert "other.pt is no file of weights, or a damaged one (" in err
+
+    def test_file_of_something_else(self, fails, search_arguments, tmp_path):
+        torch.save([torch.zeros(1)], tmp_path / "other.pt")
+        assert "other.pt holds a list; a state dict" in fails(*search_arguments, "--init", "other.pt")
 
     def test_unreadable_image(self, fails, search_arguments, proxy, tmp_path):
         shutil.copytree(proxy.partition(":")[2], tmp_path / "data")
