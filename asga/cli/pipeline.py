@@ -1,6 +1,7 @@
 """The steps that commands are made of: a float model, a search, a transfer. Each is passed over when resuming."""
 
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from asga.data import Batches
 from asga.policy import Policy
 from asga.runs import RunFolder
 from asga.search import PolicySearcher, SearchResult
-from asga.search.comparison import NotBetterThanUniform
+from asga.search.comparison import NotBetterThanUniform, UniformComparison
 from asga.search.costs import Costs
 from asga.training import CHECKPOINT_EVERY
 from asga.transfer import TransferTrainer
@@ -112,6 +113,21 @@ def searched(
     result.save(path)
     setting.folder.finish(stage, {"seconds": seconds})
     return result, seconds
+
+
+def compared(
+    setting: Setting, searcher: Callable[[], PolicySearcher], policy: Policy, *, seed: int
+) -> UniformComparison:
+    """A policy of several searches beside uniform ones. `searcher` is called only if it has to run."""
+    stage = "comparison"
+    if (done := setting.folder.finished(stage)) is not None:
+        return UniformComparison.from_dict(done["uniform"])
+    prepared, started = searcher(), time.perf_counter()
+    torch.manual_seed(seed)
+    found = prepared.compare(policy, setting.train.with_seed(seed))
+    record = {"uniform": found.to_dict(), "seconds": round(time.perf_counter() - started, 3)}
+    setting.folder.finish(stage, record)
+    return found
 
 
 def training_seconds(history: Iterable[Mapping[str, object]]) -> float:

@@ -3,7 +3,7 @@
 import argparse
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -27,7 +27,7 @@ from asga.cli.options import (
     recorded,
     split_names,
 )
-from asga.cli.pipeline import Setting, finish_run, float_model, searched
+from asga.cli.pipeline import Setting, compared, finish_run, float_model, searched
 from asga.data import Batches
 from asga.runs import RunFolder
 from asga.search import (
@@ -175,7 +175,11 @@ def run(options: argparse.Namespace) -> None:
             seconds += took
             if several:
                 results[name].policy.save(folder.path / f"policy-{name}.json")
-        result = results[name] if len(results) == 1 else consensus(list(results.values()))
+        result = results[name]
+        if len(results) > 1:
+            result = consensus(list(results.values()))
+            run_search = partial(searcher, model, None, "comparison")
+            result = replace(result, uniform=compared(setting, run_search, result.policy, seed=options.seed))
         result.save(folder.path / "search.json")
         console.note(str(result.policy))
         times = {"seconds": folder.seconds(), "search_seconds": seconds}
@@ -209,7 +213,7 @@ def findings(result: SearchResult) -> dict[str, object]:
         costs = result.policy.meta["likeliest_costs"]
         shares["likeliest"] = {metric: costs[metric] / limit for metric, limit in limits.items()}
     found: dict[str, object] = {"method": result.method, "cost_shares": shares}
-    if result.uniform is not None:  # several searches together have not been measured
+    if result.uniform is not None:
         found["uniform"] = result.uniform.to_dict()
     if not result.trained:  # scores are no probabilities: their gaps say nothing about toss-ups
         return found
@@ -239,7 +243,8 @@ def describe(result: SearchResult) -> list[str]:
     if found.get("toss_ups"):
         lines.append(f"{found['toss_ups']} of {found['choices']} choices were toss-ups (gap below {TOSS_UP})")
     if result.uniform is not None:
-        lines.append(f"the policy is {result.uniform.verdict}: {result.uniform}")
+        whose = "of all seeds together " if "seeds" in result.policy.meta else ""
+        lines.append(f"the policy {whose}is {result.uniform.verdict}: {result.uniform}")
     return lines
 
 

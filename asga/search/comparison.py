@@ -46,10 +46,12 @@ class UniformComparison:
     Args:
         policy: Score of the policy.
         pairs: Scores of the uniform pairs, by names such as ``"w2a4"``.
+        tuned: All were fine-tuned for a few steps from the float model, and so lean towards neither.
     """
 
     policy: Score
     pairs: dict[str, Score] = field(default_factory=dict)
+    tuned: bool = False
 
     @property
     def best(self) -> str | None:
@@ -96,9 +98,11 @@ class UniformComparison:
             for metric, share in self.policy.cost_shares.items()
         )
         error = "" if self.error is None else f" ± {self.error:.4f}"
+        tuned = " after a short fine-tuning" if self.tuned else ""
         return (
-            f"loss on the proxy {self.policy.loss:.4f}, that of the best uniform pair, {self.best}, {pair.loss:.4f}: "
-            f"a difference of {self.difference:+.4f}{error} (standard error over {len(pair.losses)} batches); {costs}"
+            f"loss on the proxy{tuned} {self.policy.loss:.4f}, that of the best uniform pair, {self.best}, "
+            f"{pair.loss:.4f}: a difference of {self.difference:+.4f}{error} (standard error over {len(pair.losses)} "
+            f"batches); {costs}"
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -106,13 +110,15 @@ class UniformComparison:
         return {
             "policy": _score_dict(self.policy),
             "pairs": {name: _score_dict(score) for name, score in self.pairs.items()},
+            "tuned": self.tuned,
             **{name: getattr(self, name) for name in ("best", "difference", "error", "better", "verdict")},
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> "UniformComparison":
         """Read what `to_dict` gave."""
-        return cls(_read_score(data["policy"]), {name: _read_score(score) for name, score in data["pairs"].items()})
+        pairs = {name: _read_score(score) for name, score in data["pairs"].items()}
+        return cls(_read_score(data["policy"]), pairs, data.get("tuned", False))
 
     def _differences(self) -> list[float]:
         if self.best is None:

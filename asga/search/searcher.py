@@ -15,7 +15,7 @@ from asga._extras import require
 from asga.convert import prepare
 from asga.nn import calibrate
 from asga.nn.quantizable import unwrapped
-from asga.policy import LayerPolicy
+from asga.policy import LayerPolicy, Policy, WeightBits
 from asga.runs import RunFolder, open_folder
 from asga.search.baselines import uniform_pairs
 from asga.search.budget import Budget, check_budget
@@ -211,10 +211,9 @@ class PolicySearcher:
             log_probs, expected = search.log_probs(), search.expected_now()
         else:
             profiles, _ = self.check(loader)
-            mixed = self._mixture(loader)
+            mixed = None if self.method == "uniform" else self._mixture(loader)
             log_probs, expected = {}, {}
-        limits = self.budget.limits(profiles, self.choices)
-        uniform = {pair: self.choices.uniform(*pair) for pair in uniform_pairs(profiles, self.choices, limits)}
+        uniform = self._uniform(profiles)
         scorer = Scorer(self, mixed, profiles, loader)
         if self.method not in TRAINED:
             seen = ClassWatch(len(scorer.batches))
@@ -225,8 +224,7 @@ class PolicySearcher:
             history = [{"stage": self.stage, "seconds": round(time.perf_counter() - started, 3)}]
         trained = self.method in TRAINED
         policy = best_policy(log_probs, self.choices, profiles, self.budget, self.meta, trained=trained)
-        pairs = {str(LayerPolicy(*pair)): scorer(choice) for pair, choice in uniform.items()}
-        comparison = UniformComparison(scorer(policy), pairs)
+        comparison = _compared(policy, uniform, scorer)
         if comparison.better is False and self.method != "uniform":
             warnings.warn(f"the policy is {comparison.verdict}: {comparison}", NotBetterThanUniform, stacklevel=2)
         return SearchResult(
@@ -240,6 +238,29 @@ class PolicySearcher:
             method=self.method,
             uniform=comparison,
         )
+
+    def compare(self, policy: Policy, loader: Iterable[Batch]) -> UniformComparison:
+        """A policy beside the uniform pairs within the budget, all after a short fine-tuning from the float model.
+
+        For a policy that none of this searcher's mixtures was trained for, such as the `asga.search.consensus` of
+        several searches; `fit` compares its own. Random numbers, of dropout, are those of torch's global generator.
+
+        Args:
+            policy: One of the space.
+            loader: As for `fit`.
+
+        Raises:
+            InfeasibleBudgetError, ImportError, TrainingError, TypeError: As `fit` does.
+            ValueError: As `fit` does, or the policy is not about the layers of the model.
+        """
+        profiles, _ = self.check(loader)
+        policy.check_against(self.choices.names)
+        return _compared(policy, self._uniform(profiles), Scorer(self, None, profiles, loader))
+
+    def _uniform(self, profiles: Mapping[str, LayerProfile]) -> dict[tuple[WeightBits, int | None], Policy]:
+        """The uniform policies to compare with, by their bits."""
+        limits = self.budget.limits(profiles, self.choices)
+        return {pair: self.choices.uniform(*pair) for pair in uniform_pairs(profiles, self.choices, limits)}
 
     def _setting(self) -> dict[str, str]:
         """What a search that goes on must have in common with the one that was interrupted."""
@@ -323,6 +344,13 @@ class PolicySearcher:
 def _beside(model: nn.Module, inputs: ExampleInputs | None) -> ExampleInputs | None:
     """Inputs on the device of the model."""
     return inputs if inputs is None else to_device(inputs, next(model.parameters()).device)
+
+
+def _compared(
+    policy: Policy, uniform: Mapping[tuple[WeightBits, int | None], Policy], scorer: Scorer
+) -> UniformComparison:
+    pairs = {str(LayerPolicy(*pair)): scorer(choice) for pair, choice in uniform.items()}
+    return UniformComparison(scorer(policy), pairs, scorer.tunes)
 
 
 def _check_temperature(temperature: tuple[float, float]) -> None:

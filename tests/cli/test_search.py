@@ -322,6 +322,19 @@ class TestSeeds:
         assert list(result["seeds"]) == list(policies)
         assert result["seeds"]["seed6"]["cost_shares"]["policy"]["bitops"] <= 1
 
+    def test_the_policy_of_all_is_compared_with_uniform_bits(self, run, search_arguments, tmp_path, whole_of_three):
+        shutil.copytree(whole_of_three, tmp_path / "run")
+        status, out, _ = run(*search_arguments, *SEEDS, "--resume")
+        assert status == 0
+        found = SearchResult.load(tmp_path / "run" / "search.json").uniform
+        assert found.tuned
+        assert (
+            f"the policy of all seeds together is {found.verdict}: loss on the proxy after a short fine-tuning" in out
+        )
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert result["uniform"] == found.to_dict()
+        assert result == json.loads((whole_of_three / "result.json").read_text())  # not measured again
+
     def test_first_of_several_is_the_search_of_that_seed(self, run, search_arguments, tmp_path, whole_of_three):
         assert run(*search_arguments, "--seed", 5)[0] == 0
         alone = (tmp_path / "run" / "search.json").read_bytes()

@@ -87,7 +87,7 @@ def text_of(tmp_path, page_of):
 BETTER, UNCLEAR, WORSE = (0.04, 0.06), (0.19, -0.09), (-0.04, -0.06)
 
 
-def _comparison(lost: tuple[float, ...] = BETTER) -> dict[str, object]:
+def _comparison(lost: tuple[float, ...] = BETTER, *, tuned: bool = False) -> dict[str, object]:
     """A policy, and what the best uniform pair loses more on every batch."""
     policy = (1.0, 1.2)[: len(lost)]
 
@@ -95,7 +95,7 @@ def _comparison(lost: tuple[float, ...] = BETTER) -> dict[str, object]:
         return Score(tuple(loss + m for loss, m in zip(policy, more, strict=True)), top1, {"bitops": 0.95})
 
     pairs = {"w2a4": score(lost), "w3a3": score([0.3] * len(lost), None)}
-    return UniformComparison(score([0.0] * len(lost)), pairs).to_dict()
+    return UniformComparison(score([0.0] * len(lost)), pairs, tuned).to_dict()
 
 
 class TestUniform:
@@ -132,7 +132,7 @@ class TestUniform:
         ],
     )
     def test_how_it_was_measured_is_told(self, text_of, method, words):
-        assert words in text_of(uniform=_comparison(), method=method)
+        assert words in text_of(uniform=_comparison(tuned=method == "uniform"), method=method)
 
     def test_a_single_batch_has_no_error(self, text_of):
         assert "a difference of -0.0500: not comparable with uniform bits." in text_of(uniform=_comparison((0.05,)))
@@ -143,9 +143,19 @@ class TestUniform:
     def test_of_several_seeds(self, text_of):
         seeds = {"seed0": {"uniform": _comparison(WORSE)}, "seed1": {"uniform": _comparison()}}
         text = text_of(seeds=seeds)
-        assert "On the proxy, at equal cost, of the policies, 1 of 2 are NOT better than uniform bits" in text
+        assert "On the proxy, at equal cost, policies of single seeds: 1 of 2 NOT better than uniform bits" in text
         assert "seed0: loss on the proxy 1.1000" in text
         assert "seed1: loss on the proxy 1.1000" in text
+
+    def test_of_several_seeds_together(self, text_of):
+        seeds = {"seed0": {"uniform": _comparison()}, "seed1": {"uniform": _comparison()}}
+        text = text_of(seeds=seeds, uniform=_comparison(UNCLEAR, tuned=True), method="asga")
+        assert "On the proxy, at equal cost, the policy is not distinguishable from uniform bits, see below" in text
+        assert "policies of single seeds" not in text
+        assert "policy: loss on the proxy 1.1000" in text
+        assert "policy 1.1000 60.0 % 95.0 % w2a4 1.1500" in text
+        assert "seed0, seed1: All are choices of the same mixture" in text
+        assert "policy: All were fine-tuned for a few steps" in text
 
     def test_no_pair_fits_the_budget(self, text_of):
         text = text_of(uniform={**_comparison(), "pairs": {}})

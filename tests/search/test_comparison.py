@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from asga.search.comparison import Score, UniformComparison
@@ -57,8 +59,10 @@ class TestComparison:
         assert "loss on the proxy 5.0000, that of the best uniform pair, w2a4, 5.2333" in text
         assert "-0.2333 ± 0.0333 (standard error over 3 batches); bitops 90.0% against 90.0%" in text
 
-    def test_round_trip(self):
-        comparison = compare((1.0, 5.0), w2a4=(1.2, 5.3), w3a3=(2.0, 3.0))
+    @pytest.mark.parametrize("tuned", [False, True])
+    def test_round_trip(self, tuned):
+        comparison = replace(compare((1.0, 5.0), w2a4=(1.2, 5.3), w3a3=(2.0, 3.0)), tuned=tuned)
+        assert ("loss on the proxy after a short fine-tuning 3.0000" in str(comparison)) is tuned
         data = comparison.to_dict()
         assert UniformComparison.from_dict(data) == comparison
         assert (data["best"], data["better"]) == ("w3a3", False)

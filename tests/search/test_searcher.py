@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import asga
 from asga import Budget, InfeasibleBudgetError, LatencyTable, PolicySearcher, SearchSpace
 from asga.models import resnet20
-from asga.policy import LayerPolicy
+from asga.policy import LayerPolicy, Policy
 from asga.runs import RunExistsError, RunFolder
 from asga.search.comparison import NotBetterThanUniform
 from asga.search.costs import policy_costs
@@ -350,6 +350,35 @@ class TestMethods:
         space = SearchSpace(weight_bits=(4,), act_bits=(3,))
         with pytest.warns(NotBetterThanUniform, match="^the policy is the uniform pair w4a3 itself: loss"):
             search(tiny_net(), labeled_batches(), space)
+
+
+class TestCompare:
+    """A policy of no search, beside uniform ones."""
+
+    def test_all_are_fine_tuned(self, tiny_net, labeled_batches, bits_of):
+        model, batches = tiny_net(), labeled_batches()
+        searcher = PolicySearcher(model, budget=W4A4, lr=0.05)
+        before = bits_of(model.state_dict())
+        policy = searcher.choices.uniform(2, 2)
+        torch.manual_seed(0)
+        found = searcher.compare(policy, batches)
+        assert found.tuned
+        assert "w4a4" in found.pairs
+        assert found.policy.cost_shares["bitops"] < 0.6
+        assert found.policy.loss < nn.functional.cross_entropy(torch.zeros(1, 3), torch.tensor([0]))
+        assert bits_of(model.state_dict()) == before
+        torch.manual_seed(0)
+        assert searcher.compare(policy, batches) == found
+
+    def test_a_uniform_policy_is_itself(self, tiny_net, labeled_batches):
+        space = SearchSpace(weight_bits=(4,), act_bits=(4,))
+        searcher = PolicySearcher(tiny_net(), space, budget=W4A4)
+        found = searcher.compare(searcher.choices.uniform(4, 4), labeled_batches())
+        assert found.verdict == "the uniform pair w4a4 itself"
+
+    def test_a_policy_of_another_model(self, tiny_net, labeled_batches):
+        with pytest.raises(ValueError, match="the policy is for another architecture"):
+            PolicySearcher(tiny_net(), budget=W4A4).compare(Policy({"a": LayerPolicy(4, 4)}), labeled_batches())
 
 
 class TestFormats:
