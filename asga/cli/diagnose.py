@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     described = "; ".join(f"{name}: {what}" for name, what in _SCORES.items())
     parser.add_argument("--score", choices=tuple(_SCORES), default="gradient", help=f"of sensitivity; {described}")
     parser.add_argument("--batches", type=int, default=8, help="of training images that sensitivities are measured on")
-    candidates = f"candidates, besides those of the policy; default: those of the search, or {_BITS}"
+    candidates = f"candidates, besides those of the policy; default: those of the search, or {_BITS} for any target"
     parser.add_argument("--weight-bits", help=candidates)
     parser.add_argument("--act-bits", help=f"{candidates}; none: only those of the policy")
     add_data_options(parser)
@@ -147,14 +147,16 @@ def _search_of(policy: Policy, options: argparse.Namespace) -> SearchResult | No
 def _space(policy: Policy, options: argparse.Namespace, search: SearchResult | None) -> SearchSpace:
     """That of the search, with other candidates if they are given.
 
-    Without a search, all layers with the same candidates, the choices of the policy among them; what it leaves float is
-    left out.
+    Without a search, all layers with the same candidates, the choices of the policy among them, for the target that it
+    names; what it leaves float is left out.
     """
     given = {side: getattr(options, f"{side}_bits") for side in ("weight", "act")}
     if search is None:
-        given = {side: _BITS if text is None else text for side, text in given.items()}
+        target = policy.meta.get("deployment_target", "any")
+        usual = _BITS if target == "any" else "none"  # a target hardly runs them all
+        given = {side: usual if text is None else text for side, text in given.items()}
         layers, excluded = list(policy), [name for name, bits in policy.items() if bits == LayerPolicy(None, None)]
-        pinned, groups, target = {}, (), "any"
+        pinned, groups = {}, ()
     else:
         choices = search.choices
         layers = [name for name, layer in choices.layers.items() if not layer.pinned]
@@ -233,7 +235,7 @@ def _missing(policy: Policy, options: argparse.Namespace, search: SearchResult |
     """What could not be said, and how to get it."""
     lines = []
     if search is None:
-        unknown = "candidates, pins, groups and target of the search"
+        unknown = "candidates, pins and groups of the search"
         if "latency_ns" in policy.meta.get("limits", ()):
             unknown = f"{unknown}, and its latencies,"
         lines.append(

@@ -152,11 +152,14 @@ class TestOfASearch:
         own = {policy[name].weight_bits for name in ("conv1", "conv3", "fc")}
         assert set(map(int, result_of(tmp_path)["sensitivities"]["fc"]["weight"])) == own | {8}
 
-    def test_its_target_counts(self, fails, run, search_arguments, arguments, tmp_path):
+    def test_its_target_counts(self, figures, fails, run, search_arguments, arguments, tmp_path):
         space = ("--weight-bits", 8, "--act-bits", 8, "--target", "onnxruntime-cpu", "--budget", "bitops=w8a8")
         assert run(*search_arguments, *space, "--method", "random", "--out", "searched")[0] == 0
         err = fails(*arguments, "--policy", "searched/policy.json", "--weight-bits", "2,8")
         assert "onnxruntime-cpu cannot run" in err
+        (tmp_path / "searched" / "search.json").unlink()
+        assert "onnxruntime-cpu cannot run" in fails(*arguments, "--policy", "searched/policy.json", "--act-bits", "2")
+        assert run(*arguments, "--policy", "searched/policy.json")[0] == 0
 
     def test_elsewhere(self, run, fails, of_a_search, policy_file, tmp_path):
         (tmp_path / "searched" / "policy.json").rename(tmp_path / "own.json")
