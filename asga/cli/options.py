@@ -1,6 +1,7 @@
 """Options that several commands share, and what is built from them: data, models, budgets."""
 
 import argparse
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from asga.search.budget import LIMIT_NAMES
 
 # Up to this side the stems of ImageNet models would leave next to nothing of an image: 32 pixels become 1.
 _SMALL_IMAGE = 64
+# Options that name a file.
+_FILES = ("init", "proxy_init", "latency_table", "policy", "search")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -71,9 +74,16 @@ def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
 
 
 def recorded(options: argparse.Namespace) -> dict[str, object]:
-    """The options as they go into ``config.json``: without those that do not change what is computed."""
+    """The options as they go into ``config.json``: without those that do not change what is computed.
+
+    Of files their content counts, too, as ``init_sha256`` and the like: a run is not resumed with another one.
+    """
     left_out = ("run", "command", "out", "resume")
-    return {name: value for name, value in vars(options).items() if name not in left_out}
+    found = {name: value for name, value in vars(options).items() if name not in left_out}
+    for name in _FILES:
+        if found.get(name) is not None:
+            found[f"{name}_sha256"] = hashlib.sha256(Path(found[name]).read_bytes()).hexdigest()
+    return found
 
 
 def data_name(spec: str) -> str:

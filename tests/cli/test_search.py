@@ -1,9 +1,15 @@
 import errno
+import hashlib
 import html
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +229,49 @@ class TestResume:
     def test_other_options(self, fails, run, search_arguments, tmp_path, whole):
         shutil.copytree(whole, tmp_path / "run")
         assert "(epochs: 2 then, 3 now)" in fails(*search_arguments, "--resume", "--epochs", 3)
+
+    def test_other_files_of_the_same_name(self, run, fails, search_arguments, tmp_path, whole):
+        names, bits = ("conv1", "conv2", "conv3", "fc"), (2, 3, 4, 6, 8)
+        table = LatencyTable({(n, w, a): w * a for n in names for w in bits for a in bits})
+        table.to_csv("table.csv")
+        shutil.copy(whole / "float.pt", "float.pt")
+        given = ("--init", "float.pt", "--latency-table", "table.csv", "--method", "random")
+        assert run(*search_arguments, *given)[0] == 0
+        options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+        assert options["init_sha256"] == hashlib.sha256((whole / "float.pt").read_bytes()).hexdigest()
+        assert run(*search_arguments, *given, "--resume")[0] == 0
+        replace(table, times={**table.times, ("fc", 8, 8): 1}).to_csv("table.csv")
+        assert f"(latency_table_sha256: '{options['latency_table_sha256']}' then, '" in fails(
+            *search_arguments, *given, "--resume"
+        )
+        table.to_csv("table.csv")
+        weights = torch.load("float.pt", weights_only=True)
+        torch.save({name: value + 1 for name, value in weights.items()}, "float.pt")
+        assert "(init_sha256: " in fails(*search_arguments, *given, "--resume")
+
+    def test_after_sigterm_to_its_process(self, run, search_arguments, tmp_path, run_contents):
+        """Stopped in the search, by what a batch system sends; the float model is done, most of the epochs are not."""
+        arguments = [*search_arguments, "--epochs", "40"]
+        assert run(*arguments, "--out", "whole")[0] == 0
+        modules = Path(sys.modules["asga_test_factory"].__file__).parent
+        # As many threads as here: sums of floats depend on it.
+        env = {**os.environ, "PYTHONPATH": str(modules), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        command = [sys.executable, "-m", "asga", *arguments]
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                metrics = tmp_path / "run" / "metrics.jsonl"
+                while process.poll() is None and not (metrics.exists() and "search/seed0" in metrics.read_text()):
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGTERM)
+                _, err = process.communicate()
+            finally:
+                process.kill()
+        assert (process.returncode, err) == (130, "\nasga: stopped. Go on with the same command and --resume: run\n")
+        assert not (tmp_path / "run" / "policy.json").exists()
+        logged = sum(line.get("stage") == "search/seed0" for line in without_times(tmp_path / "run"))
+        assert 0 < logged < 80  # an epoch and its probabilities each
+        assert run(*arguments, "--resume")[0] == 0
+        assert self._same(tmp_path / "whole", tmp_path / "run", run_contents)
 
     def test_nothing_there(self, fails, search_arguments):
         assert "holds no run to resume" in fails(*search_arguments, "--resume")

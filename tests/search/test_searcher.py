@@ -352,6 +352,56 @@ class TestMethods:
             search(tiny_net(), labeled_batches(), space)
 
 
+class Shared(nn.Module):
+    """A layer that is registered under two names and called by both, and two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+        self.tied = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.tied[1].weight = self.tied[0].weight
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        for layer in (self.stem, self.first, self.second, *self.tied):
+            x = layer(x).relu()
+        return self.head(x)
+
+
+@METHODS
+class TestSharedModules:
+    DATA = tuple((torch.randn(8, 8, generator=torch.Generator().manual_seed(k)), torch.arange(8) % 3) for k in (0, 1))
+
+    def test_two_names_are_one_layer_that_is_called_twice(self, method):
+        result = search(Shared(), self.DATA, method=method)
+        assert list(result.policy) == ["stem", "first", "tied.0", "tied.1", "head"]
+        assert result.profiles["first"].macs == 2 * result.profiles["stem"].macs
+        assert result.profiles["first"].weight_numel == 64
+        quantized = asga.quantize(Shared(), result.policy)
+        assert quantized.second is quantized.first
+        assert quantized.first.weight_quantizer.bits == result.policy["first"].weight_bits
+
+    def test_a_pin_by_the_second_name_is_refused(self, method):
+        with pytest.raises(ValueError, match="the pattern 'second' matches no quantizable layer"):
+            search(Shared(), self.DATA, SearchSpace(pinned={"second": 4}), method=method)
+
+    def test_tied_weights_stay_so_whatever_their_bits(self, method):
+        space = SearchSpace(pinned={"tied.0": (2, 4), "tied.1": (6, 4)})
+        started = PolicySearcher(Shared(), space, budget=W4A4, epochs=1, method=method).start(self.DATA)
+        tied = started.model.tied
+        before = tied[0].weight.detach().clone()
+        for batch in self.DATA:
+            started.step(*batch)
+        assert tied[1].weight is tied[0].weight
+        assert not torch.equal(tied[0].weight, before)
+        policy = search(Shared(), self.DATA, space, method=method).policy
+        quantized = asga.quantize(Shared(), policy)
+        assert quantized.tied[1].weight is quantized.tied[0].weight
+        assert [layer.weight_quantizer.bits for layer in quantized.tied] == [2, 6]
+
+
 class TestCompare:
     """A policy of no search, beside uniform ones."""
 
