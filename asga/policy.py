@@ -48,7 +48,9 @@ class LayerPolicy:
             check_bits("act_bits", self.act_bits)
 
     def __str__(self) -> str:
-        return f"w{self.weight_bits or FLOAT_BITS}a{self.act_bits or FLOAT_BITS}"
+        """Such as ``"w4a8"``; ``"w4"`` where the input stays float, ``"float"`` where both do."""
+        sides = (("w", self.weight_bits), ("a", self.act_bits))
+        return "".join(f"{side}{bits}" for side, bits in sides if bits is not None) or "float"
 
 
 class Policy(Mapping[str, LayerPolicy]):

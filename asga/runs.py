@@ -219,6 +219,18 @@ class RunFolder:
             raise RunExistsError(f"{self.path} holds a run with other options ({differences})")
 
 
+def open_folder(folder: RunFolder | str | os.PathLike | None, command: str) -> RunFolder | None:
+    """The run folder at a path, new or with a run of this command to go on with; what is one already, or None, stays.
+
+    Raises:
+        RunExistsError: The folder holds a run of another command, or one that another process works on.
+        ValueError: Its ``config.json`` cannot be read.
+    """
+    if folder is None or isinstance(folder, RunFolder):
+        return folder
+    return RunFolder(folder, command, {}, resume=Path(folder, "config.json").exists())
+
+
 class _DamagedError(ValueError):
     """A file is no checkpoint, or what is left of one."""
 

@@ -1,6 +1,7 @@
 """The transfer: fine-tuning a model of fixed bit-widths on the target. Nothing is searched here."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from asga._batches import Batch, Inputs
+from asga._checks import check_count
 from asga.nn import calibrate, parameter_groups
 from asga.optim import ASGA
 from asga.optim.guarded import GuardedSGD
 from asga.recovery import Recovery, halve_steps
-from asga.runs import RunFolder
+from asga.runs import RunFolder, open_folder
 from asga.steps import (
     Evaluation,
     LossFunction,
@@ -76,11 +78,13 @@ class TransferTrainer:
         autocast: Run the model under autocast to this dtype.
         checkpoint_every: Steps of an epoch between checkpoints; there is one at its end, too. One of them is what the
             training goes back to when its loss stays NaN.
-        folder: Where metrics and checkpoints go; with a checkpoint in it, `fit` resumes.
+        folder: Where metrics and checkpoints go: a path, or a `RunFolder`. With a checkpoint in it, `fit` resumes; a
+            folder of a path that is not there yet is made.
         progress: Called after every step.
         stage: The name of this training in metrics and checkpoints.
 
     Raises:
+        TypeError: A count is no integer.
         ValueError: An option is out of range.
     """
 
@@ -101,7 +105,7 @@ class TransferTrainer:
         loss_fn: LossFunction = functional.cross_entropy,
         autocast: torch.dtype | None = None,
         checkpoint_every: int = CHECKPOINT_EVERY,
-        folder: RunFolder | None = None,
+        folder: RunFolder | str | os.PathLike | None = None,
         progress: Callable[[Progress], None] | None = None,
         stage: str = "transfer",
     ) -> None:
@@ -114,8 +118,7 @@ class TransferTrainer:
             "validate_every": validate_every,
         }
         for name, value in named.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            check_count(name, value)
         self.model, self.epochs, self.method = model, epochs, method
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
         self.optimizer_options = dict(optimizer_options or {})
@@ -176,7 +179,7 @@ class TransferTrainer:
             {**parts, "scheduler": scheduler},
             recovery=Recovery(parts, halve_steps(optimizer, scheduler), steps),
             checkpoint_every=self.checkpoint_every,
-            folder=self.folder,
+            folder=open_folder(self.folder, "transfer"),
             progress=self.progress,
         )
         history = stage.run(train, step, end_epoch)

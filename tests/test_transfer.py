@@ -178,6 +178,15 @@ class TestNotFinite:
         lines = [(record["event"], record["epoch"], record.get("step")) for record in metrics_of(folder)]
         assert lines == [("skipped", 1, bad + 1), ("epoch", 1, None), ("skipped", 2, bad + 1), ("epoch", 2, None)]
 
+    def test_counts_are_integers(self, tiny_net):
+        with pytest.raises(TypeError, match=r"epochs is 1.5; an integer is needed"):
+            TransferTrainer(tiny_net(), epochs=1.5)
+
+    def test_folder_by_its_path(self, tiny_net, labeled_batches, tmp_path):
+        TransferTrainer(tiny_net(), epochs=1, folder=tmp_path / "run").fit(labeled_batches())
+        trainer = TransferTrainer(tiny_net(), epochs=1, folder=tmp_path / "run", progress=pytest.fail)
+        trainer.fit(labeled_batches())
+
     @METHODS
     def test_infinity_is_clamped_by_the_quantizer(self, tiny_net, labeled_batches, method):
         batches = labeled_batches()

@@ -1,6 +1,7 @@
 """Options that several commands share, and what is built from them: data, models, budgets."""
 
 import argparse
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,13 @@ from asga.cli.console import Console
 from asga.data import Batches, ImageFiles, ImageTensor, open_dataset
 from asga.models import build_model
 from asga.policy import Policy, WeightBits
-from asga.search import Budget
+from asga.search import Budget, Group
 from asga.search.budget import LIMIT_NAMES
 
 # Up to this side the stems of ImageNet models would leave next to nothing of an image: 32 pixels become 1.
 _SMALL_IMAGE = 64
+# Options that name a file.
+_FILES = ("init", "proxy_init", "latency_table", "policy", "search")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +53,12 @@ def add_float_options(parser: argparse.ArgumentParser, *, float_epochs: int) -> 
     return group
 
 
-def add_run_options(parser: argparse.ArgumentParser, *, out: str) -> None:
-    """The run folder."""
+def add_run_options(parser: argparse.ArgumentParser, *, out: str) -> argparse._ArgumentGroup:
+    """The run folder; more can be added to the group."""
     group = parser.add_argument_group("run folder")
     group.add_argument("--out", default=out, metavar="FOLDER", help="where checkpoints and results go")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    return group
 
 
 def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
@@ -70,9 +74,16 @@ def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
 
 
 def recorded(options: argparse.Namespace) -> dict[str, object]:
-    """The options as they go into ``config.json``: without those that do not change what is computed."""
+    """The options as they go into ``config.json``: without those that do not change what is computed.
+
+    Of files their content counts, too, as ``init_sha256`` and the like: a run is not resumed with another one.
+    """
     left_out = ("run", "command", "out", "resume")
-    return {name: value for name, value in vars(options).items() if name not in left_out}
+    found = {name: value for name, value in vars(options).items() if name not in left_out}
+    for name in _FILES:
+        if found.get(name) is not None:
+            found[f"{name}_sha256"] = hashlib.sha256(Path(found[name]).read_bytes()).hexdigest()
+    return found
 
 
 def data_name(spec: str) -> str:
@@ -158,10 +169,18 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        model.load_state_dict(state)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except Exception as error:  # torch.load raises many types for a damaged file
+    except Exception as error:  # torch.load raises many types for what it has not written
+        raise ValueError(
+            f"{path} is no file of weights, or a damaged one ({type(error).__name__}); a state dict that torch.save "
+            f"wrote is needed"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}; a state dict of this model is needed")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
         raise ValueError(f"{path} does not hold the weights of this model: {error}") from error
 
 
@@ -198,6 +217,49 @@ def parse_bits(text: str) -> tuple[WeightBits, ...] | None:
     if not all(re.fullmatch(r"\d+|[a-z]+\d+", part) for part in parts):
         raise ValueError(f"{text!r} is not a list of bit-widths such as 2,3,4,6,8 or int4,fp4,fp8")
     return tuple(int(part) if part.isdigit() else part for part in parts)
+
+
+def split_names(text: str) -> list[str]:
+    """Names separated by commas, blanks around them left out."""
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
+def parse_pins(texts: Sequence[str]) -> dict[str, int | tuple[WeightBits, int | None]]:
+    """Patterns and their bits, such as ``conv1=8`` or ``layer1.*=4/8``; ``none`` for an input that stays float.
+
+    Raises:
+        ValueError: One is nothing of the kind, or a pattern is there twice.
+    """
+    pins: dict[str, int | tuple[WeightBits, int | None]] = {}
+    for text in texts:
+        pattern, _, bits = (part.strip() for part in text.rpartition("="))
+        match = re.fullmatch(r"(\d+)|(\w+)\s*/\s*(\d+|none)", bits)
+        if not pattern or match is None:
+            raise ValueError(
+                f"--pin: {text!r} is not a pattern with bits such as conv1=8, 'layer1.*=4/8' (weight/input) or "
+                f"fc=fp8/none"
+            )
+        if pattern in pins:
+            raise ValueError(f"--pin: {pattern!r} is there twice")
+        both, weight, act = match.groups()
+        if both is None:
+            pins[pattern] = int(weight) if weight.isdigit() else weight, None if act == "none" else int(act)
+        else:
+            pins[pattern] = int(both)
+    return pins
+
+
+def parse_group(text: str) -> Group:
+    """Layers that share bits, such as ``conv1,conv2``, or ``conv1,conv2=act`` for one side alone.
+
+    Raises:
+        ValueError: It is nothing of the kind.
+    """
+    names, _, share = text.partition("=")
+    try:
+        return Group(split_names(names), share.strip() or "both")
+    except ValueError as error:
+        raise ValueError(f"--group: {text!r}: {error}") from None
 
 
 def parse_uniform(text: str) -> tuple[int, int]:

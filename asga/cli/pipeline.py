@@ -1,6 +1,7 @@
 """The steps that commands are made of: a float model, a search, a transfer. Each is passed over when resuming."""
 
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,8 +18,9 @@ from asga.data import Batches
 from asga.policy import Policy
 from asga.runs import RunFolder
 from asga.search import PolicySearcher, SearchResult
-from asga.search.comparison import NotBetterThanUniform
+from asga.search.comparison import NotBetterThanUniform, UniformComparison
 from asga.search.costs import Costs
+from asga.training import CHECKPOINT_EVERY
 from asga.transfer import TransferTrainer
 
 # A float model is trained from scratch: a learning rate and a weight decay usual for small ResNets (He et al. 2016,
@@ -35,6 +37,7 @@ class Setting:
     train: Batches
     val: Batches
     autocast: torch.dtype | None
+    checkpoint_every: int = CHECKPOINT_EVERY
 
 
 def float_model(
@@ -52,6 +55,7 @@ def float_model(
             weight_decay=_FLOAT_WEIGHT_DECAY,
             validate_every=max(1, epochs // 5),
             autocast=setting.autocast,
+            checkpoint_every=setting.checkpoint_every,
             folder=setting.folder,
             progress=setting.console.progress,
             stage=stage,
@@ -83,6 +87,7 @@ def transferred(
             epochs=epochs,
             method=method,
             autocast=setting.autocast,
+            checkpoint_every=setting.checkpoint_every,
             folder=setting.folder,
             progress=setting.console.progress,
             stage=stage,
@@ -108,6 +113,21 @@ def searched(
     result.save(path)
     setting.folder.finish(stage, {"seconds": seconds})
     return result, seconds
+
+
+def compared(
+    setting: Setting, searcher: Callable[[], PolicySearcher], policy: Policy, *, seed: int
+) -> UniformComparison:
+    """A policy of several searches beside uniform ones. `searcher` is called only if it has to run."""
+    stage = "comparison"
+    if (done := setting.folder.finished(stage)) is not None:
+        return UniformComparison.from_dict(done["uniform"])
+    prepared, started = searcher(), time.perf_counter()
+    torch.manual_seed(seed)
+    found = prepared.compare(policy, setting.train.with_seed(seed))
+    record = {"uniform": found.to_dict(), "seconds": round(time.perf_counter() - started, 3)}
+    setting.folder.finish(stage, record)
+    return found
 
 
 def training_seconds(history: Iterable[Mapping[str, object]]) -> float:

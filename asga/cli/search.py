@@ -1,8 +1,9 @@
 """``asga search``: find a bit-width policy on a proxy dataset."""
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -21,9 +22,12 @@ from asga.cli.options import (
     open_batches,
     parse_bits,
     parse_budget,
+    parse_group,
+    parse_pins,
     recorded,
+    split_names,
 )
-from asga.cli.pipeline import Setting, finish_run, float_model, searched
+from asga.cli.pipeline import Setting, compared, finish_run, float_model, searched
 from asga.data import Batches
 from asga.runs import RunFolder
 from asga.search import (
@@ -42,15 +46,10 @@ from asga.search.diagnosis import by_candidate
 from asga.search.relaxation import RELAXATIONS
 from asga.search.result import TOSS_UP
 from asga.targets import TARGETS
-from asga.training import first_batches
+from asga.training import CHECKPOINT_EVERY, first_batches
 
 # For the report: few, since a batch takes as long as about five steps of a search.
 _SENSITIVITY_BATCHES = 4
-_VERDICTS = {
-    True: "better than uniform bits",
-    False: "NOT better than uniform bits",
-    None: "beside uniform bits",
-}
 
 HELP = "search a bit-width policy on a small dataset"
 
@@ -71,14 +70,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="search this many times, with the images in other orders, from one float model; policy.json is then the "
         "policy that all searches together find likeliest",
     )
-    parser.add_argument("--target-size", type=int, help="count BitOps at this image side instead of the proxy's")
+    parser.add_argument(
+        "--target-size",
+        type=int,
+        metavar="SIDE",
+        help="height and width, in pixels, of the images that the model is meant for: BitOps and activation memory are "
+        "counted there, the search itself sees the proxy's as they are; default: those of the proxy",
+    )
     space = parser.add_argument_group("search space")
     space.add_argument("--weight-bits", help="candidates; default: 2,3,4,6,8")
     space.add_argument("--act-bits", help="candidates; default: 2,3,4,6,8; none: inputs stay float")
     space.add_argument("--formats", help="candidates by name for both: int2 to int8; for weights also fp4, fp8")
     space.add_argument("--target", default="any", help=f"where the model will run: any, {', '.join(TARGETS)}")
     space.add_argument("--first-last", type=int, default=8, help="bits of the first and last layer; 0: searched too")
+    space.add_argument(
+        "--pin",
+        action="append",
+        metavar="PATTERN=BITS",
+        help="bits of layers that are not searched, by name or pattern: conv1=8, or 'layer1.*=4/8' for weight and "
+        "input, none for an input that stays float; may be repeated: the last one that matches a layer counts",
+    )
+    space.add_argument(
+        "--exclude", action="append", metavar="PATTERN", help="layers that stay float, by name or pattern; repeatable"
+    )
     space.add_argument("--groups", default="", help="rules for layers that share bits: residual,qkv,depthwise")
+    space.add_argument(
+        "--group",
+        action="append",
+        metavar="NAMES[=SHARE]",
+        help="layers that share bits, by names or patterns: conv1,conv2, or conv1,conv2=act for those of their inputs "
+        "alone (weight: of their weights); may be repeated",
+    )
     add_data_options(parser)
     add_training_options(parser, methods=METHODS, epochs=5, float_epochs=15)
     parser.add_argument(
@@ -88,17 +110,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train the logits on this share of the images, weights on the rest",
     )
     parser.add_argument("--relaxation", choices=RELAXATIONS, default="softmax", help="gumbel: sample the candidates")
-    add_run_options(parser, out="runs/search")
+    group = add_run_options(parser, out="runs/search")
+    group.add_argument(
+        "--checkpoint-every", type=int, default=CHECKPOINT_EVERY, metavar="STEPS", help="what a kill costs at most"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Search and write the run folder."""
-    check_at_least_one(options, "epochs", "float_epochs", "target_size", "seeds")
+    check_at_least_one(options, "epochs", "float_epochs", "target_size", "seeds", "checkpoint_every")
     budget = parse_budget(options.budget)
     given = {name: getattr(options, name) for name in ("weight_bits", "act_bits", "formats")}
     candidates = {name: parse_bits(text) for name, text in given.items() if text is not None}
-    groups = tuple(filter(None, options.groups.split(",")))
-    space = SearchSpace(**candidates, first_last=options.first_last or None, target=options.target, groups=groups)
+    space = SearchSpace(
+        **candidates,
+        first_last=options.first_last or None,
+        pinned=parse_pins(options.pin or ()),
+        exclude=options.exclude or (),
+        target=options.target,
+        groups=[*split_names(options.groups), *map(parse_group, options.group or ())],
+    )
     latency_table = None if options.latency_table is None else LatencyTable.from_csv(options.latency_table)
     with Console() as console:
         train, val = open_batches(options, console)
@@ -116,6 +147,7 @@ def run(options: argparse.Namespace) -> None:
                 example_inputs=example_inputs(train, options.target_size),
                 latency_table=latency_table,
                 autocast=autocast_dtype(options),
+                checkpoint_every=options.checkpoint_every,
                 folder=folder,
                 progress=console.progress,
                 stage=stage,
@@ -128,7 +160,7 @@ def run(options: argparse.Namespace) -> None:
         if options.init is not None:
             load_weights(model, options.init)
         folder = RunFolder(options.out, "search", recorded(options), resume=options.resume)
-        setting = Setting(folder, console, train, val, autocast_dtype(options))
+        setting = Setting(folder, console, train, val, autocast_dtype(options), options.checkpoint_every)
         if options.init is None:
             model, _ = float_model(setting, build, epochs=options.float_epochs, seed=options.seed)
         batches = first_batches(train, _SENSITIVITY_BATCHES)
@@ -143,7 +175,11 @@ def run(options: argparse.Namespace) -> None:
             seconds += took
             if several:
                 results[name].policy.save(folder.path / f"policy-{name}.json")
-        result = results[name] if len(results) == 1 else consensus(list(results.values()))
+        result = results[name]
+        if len(results) > 1:
+            result = consensus(list(results.values()))
+            run_search = partial(searcher, model, None, "comparison")
+            result = replace(result, uniform=compared(setting, run_search, result.policy, seed=options.seed))
         result.save(folder.path / "search.json")
         console.note(str(result.policy))
         times = {"seconds": folder.seconds(), "search_seconds": seconds}
@@ -177,7 +213,7 @@ def findings(result: SearchResult) -> dict[str, object]:
         costs = result.policy.meta["likeliest_costs"]
         shares["likeliest"] = {metric: costs[metric] / limit for metric, limit in limits.items()}
     found: dict[str, object] = {"method": result.method, "cost_shares": shares}
-    if result.uniform is not None:  # several searches together have not been measured
+    if result.uniform is not None:
         found["uniform"] = result.uniform.to_dict()
     if not result.trained:  # scores are no probabilities: their gaps say nothing about toss-ups
         return found
@@ -207,7 +243,8 @@ def describe(result: SearchResult) -> list[str]:
     if found.get("toss_ups"):
         lines.append(f"{found['toss_ups']} of {found['choices']} choices were toss-ups (gap below {TOSS_UP})")
     if result.uniform is not None:
-        lines.append(f"{_VERDICTS[result.uniform.better]}: {result.uniform}")
+        whose = "of all seeds together " if "seeds" in result.policy.meta else ""
+        lines.append(f"the policy {whose}is {result.uniform.verdict}: {result.uniform}")
     return lines
 
 
@@ -228,9 +265,9 @@ def describe_seeds(results: Mapping[str, SearchResult]) -> list[str]:
         return []
     found = _agreement(results)
     compared = [result.uniform for result in results.values() if result.uniform is not None]
-    worse = sum(uniform.better is False for uniform in compared)
+    not_better = Counter(uniform.verdict for uniform in compared if uniform.better is False)
     return [
-        *([f"{worse} of {len(compared)} seeds are NOT better than uniform bits at equal cost"] if worse else []),
+        *(f"policies of single seeds: {n} of {len(compared)} {verdict}" for verdict, n in not_better.items()),
         f"{len(results)} seeds: two of them agree on {found.equal:.1%} of {found.choices} choices, all of them on "
         f"{found.unanimous}; chance would give {found.chance:.1%} (p = {found.p_value:.2g})",
     ]

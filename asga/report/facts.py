@@ -7,6 +7,7 @@ from statistics import fmean
 from asga.policy import Policy, bit_width
 from asga.report.html import bytes_, count, duration, percent
 from asga.report.run import METRIC_NAMES, Run
+from asga.search.comparison import UniformComparison
 from asga.search.methods import METHODS, TRAINED
 
 # A radius on one bound for more than this share of the steps is in effect a constant.
@@ -47,11 +48,8 @@ def run_warnings(run: Run) -> list[str]:
         f"{stage}: training went back to an earlier step {times} time{'s' * (times > 1)}, see Events below."
         for stage, times in recoveries.items()
     ]
-    compared = uniform_comparisons(run)
-    worse = [name for name, found in compared.items() if found["better"] is False]
-    if worse and (run.result or {}).get("method") != "uniform":
-        whose = "the policy is" if len(compared) == 1 else f"the policies of {len(worse)} of {len(compared)} seeds are"
-        warnings.append(f"On the proxy {whose} not better than uniform bits within the same budget, see below.")
+    if (run.result or {}).get("method") != "uniform":
+        warnings += _not_better(uniform_comparisons(run))
     for stage, seeds in run.stages.items():
         for bound, where in (("rho_min", "lower"), ("rho_max", "upper")):
             shares = [epochs[-1].get(f"share_at_{bound}", 0.0) for epochs in seeds.values()]
@@ -85,17 +83,44 @@ def run_events(run: Run) -> list[str]:
     return lines
 
 
-def uniform_comparisons(run: Run) -> dict[str, dict[str, object]]:
-    """By search, its comparison with uniform pairs of bits, as `UniformComparison.to_dict` gives it."""
+def uniform_comparisons(run: Run) -> dict[str, UniformComparison]:
+    """By search, its comparison with the uniform pairs of bits, where there are any."""
     result = run.result or {}
     found = {name: seed.get("uniform") for name, seed in result.get("seeds", {}).items()}
     found |= {"policy": result.get("uniform")}
-    return {name: comparison for name, comparison in found.items() if comparison and comparison["pairs"]}
+    return {name: UniformComparison.from_dict(one) for name, one in found.items() if one and one["pairs"]}
 
 
-def uniform_note(method: str | None) -> str:
-    """How the policies of that comparison were scored, and what that is worth; see `asga.search.scoring.Scorer`."""
-    if method == "uniform":
+def uniform_notes(run: Run) -> list[str]:
+    """How the policies of those comparisons were scored, and what that is worth; see `asga.search.scoring.Scorer`."""
+    compared, notes = uniform_comparisons(run), {}
+    for name, found in compared.items():
+        notes.setdefault(_uniform_note((run.result or {}).get("method"), found.tuned), []).append(name)
+    return [note if len(notes) == 1 else f"{', '.join(names)}: {note}" for note, names in notes.items()]
+
+
+def mean_bits(policy: Policy | None) -> dict[str, float]:
+    """Mean bits of weights and activations over the layers that are quantized."""
+    layers = [] if policy is None else policy.values()
+    bits = {
+        "weights": [bit_width(layer.weight_bits) for layer in layers if layer.weight_bits is not None],
+        "activations": [layer.act_bits for layer in layers if layer.act_bits is not None],
+    }
+    return {kind: fmean(values) for kind, values in bits.items() if values}
+
+
+def _not_better(compared: Mapping[str, UniformComparison]) -> list[str]:
+    """Of the policy, and of those of single seeds, what is not better than uniform bits."""
+    seeds = {name: found for name, found in compared.items() if name != "policy"}
+    policy = compared.get("policy")
+    lines = [f"the policy is {policy.verdict}"] if policy is not None and policy.better is False else []
+    verdicts = Counter(found.verdict for found in seeds.values() if found.better is False)
+    lines += [f"policies of single seeds: {n} of {len(seeds)} {verdict}" for verdict, n in verdicts.items()]
+    return [f"On the proxy, at equal cost, {line}, see below." for line in lines]
+
+
+def _uniform_note(method: str | None, tuned: bool) -> str:
+    if tuned:
         return "All were fine-tuned for a few steps from the float model."
     if method in METHODS and method not in TRAINED:
         return (
@@ -107,16 +132,6 @@ def uniform_note(method: str | None) -> str:
         "That leans towards the policy: one that is not better here is hardly worth its search, one that is better has "
         "still to prove it after a transfer."
     )
-
-
-def mean_bits(policy: Policy | None) -> dict[str, float]:
-    """Mean bits of weights and activations over the layers that are quantized."""
-    layers = [] if policy is None else policy.values()
-    bits = {
-        "weights": [bit_width(layer.weight_bits) for layer in layers if layer.weight_bits is not None],
-        "activations": [layer.act_bits for layer in layers if layer.act_bits is not None],
-    }
-    return {kind: fmean(values) for kind, values in bits.items() if values}
 
 
 def _budget(budget: Mapping[str, object]) -> str:

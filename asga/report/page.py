@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from asga._files import write_atomic
 from asga.report.curves import cost_figure, diagnostics_figure, training_figure
-from asga.report.facts import mean_bits, run_events, run_facts, run_warnings, uniform_comparisons, uniform_note
+from asga.report.facts import mean_bits, run_events, run_facts, run_warnings, uniform_comparisons, uniform_notes
 from asga.report.html import percent, render
 from asga.report.layers import LayerRow, layer_rows, toss_ups
 from asga.report.policy import policy_figure
@@ -61,7 +61,7 @@ def _content(run: Run) -> dict[str, object]:
         "searched": bool(run.probabilities or result.get("logit_gaps")),
         "shades": _shades(layers),
         "uniform": uniform_comparisons(run),
-        "uniform_note": uniform_note(result.get("method")),
+        "uniform_notes": uniform_notes(run),
         "agreement": result.get("agreement"),
         "disputed": _disputed(run),
         "toss_ups": toss_ups(layers),

@@ -146,7 +146,7 @@ def consensus(results: Sequence[SearchResult]) -> SearchResult:
 
     Returns:
         A result like that of a single search: it can be asked for the policies of other budgets. Its expected cost is
-        the mean, its history empty.
+        the mean, its history empty, and its policy not yet compared with uniform bits (`PolicySearcher.compare`).
 
     Raises:
         ValueError: There is no result, or they are not of the same layers, candidates, costs, budget and method.

@@ -118,6 +118,17 @@ class Budget:
         return limits
 
 
+def check_budget(name: str, budget: object) -> None:
+    """Refuse what is given for the argument `name` and is no `Budget`.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(budget, Budget):
+        limit = budget if isinstance(budget, str) and _WORD.fullmatch(budget) else "w4a4"
+        raise TypeError(f"{name} is {budget!r}; a Budget is needed, such as Budget(bitops={limit!r})")
+
+
 def _read(name: str, amount: Amount) -> tuple[Fraction, tuple[int, int] | None]:
     """An amount in units of the limit and None, or the factor of a word and its (weight bits, input bits)."""
     if isinstance(amount, str):

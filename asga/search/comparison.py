@@ -46,10 +46,12 @@ class UniformComparison:
     Args:
         policy: Score of the policy.
         pairs: Scores of the uniform pairs, by names such as ``"w2a4"``.
+        tuned: All were fine-tuned for a few steps from the float model, and so lean towards neither.
     """
 
     policy: Score
     pairs: dict[str, Score] = field(default_factory=dict)
+    tuned: bool = False
 
     @property
     def best(self) -> str | None:
@@ -72,6 +74,21 @@ class UniformComparison:
         """Whether the policy's loss is lower by more than two standard errors; None where that is not known."""
         return None if self.error is None else self.difference < -_ERRORS * self.error
 
+    @property
+    def verdict(self) -> str:
+        """The same in words that go behind "the policy is".
+
+        A difference in favour of the policy that is within two standard errors is not distinguishable; one against it
+        is not better, whatever its size. A policy that scores exactly as the best pair, batch by batch, is that pair.
+        """
+        if self.best is not None and self.policy == self.pairs[self.best]:
+            return f"the uniform pair {self.best} itself"
+        if self.better is None:
+            return "not comparable with uniform bits"
+        if self.better:
+            return "better than uniform bits"
+        return f"{'not distinguishable from' if self.difference < 0 else 'NOT better than'} uniform bits"
+
     def __str__(self) -> str:
         if self.best is None:
             return "no uniform pair of bits fits the budget"
@@ -81,23 +98,27 @@ class UniformComparison:
             for metric, share in self.policy.cost_shares.items()
         )
         error = "" if self.error is None else f" ± {self.error:.4f}"
+        tuned = " after a short fine-tuning" if self.tuned else ""
         return (
-            f"loss on the proxy {self.policy.loss:.4f}, that of the best uniform pair, {self.best}, {pair.loss:.4f}: "
-            f"a difference of {self.difference:+.4f}{error} (standard error over {len(pair.losses)} batches); {costs}"
+            f"loss on the proxy{tuned} {self.policy.loss:.4f}, that of the best uniform pair, {self.best}, "
+            f"{pair.loss:.4f}: a difference of {self.difference:+.4f}{error} (standard error over {len(pair.losses)} "
+            f"batches); {costs}"
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Everything, for JSON: also best, difference, error and better."""
+        """Everything, for JSON: also best, difference, error, better and verdict."""
         return {
             "policy": _score_dict(self.policy),
             "pairs": {name: _score_dict(score) for name, score in self.pairs.items()},
-            **{name: getattr(self, name) for name in ("best", "difference", "error", "better")},
+            "tuned": self.tuned,
+            **{name: getattr(self, name) for name in ("best", "difference", "error", "better", "verdict")},
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> "UniformComparison":
         """Read what `to_dict` gave."""
-        return cls(_read_score(data["policy"]), {name: _read_score(score) for name, score in data["pairs"].items()})
+        pairs = {name: _read_score(score) for name, score in data["pairs"].items()}
+        return cls(_read_score(data["policy"]), pairs, data.get("tuned", False))
 
     def _differences(self) -> list[float]:
         if self.best is None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from asga._batches import to_device
 from asga._files import write_atomic
 from asga.policy import LayerPolicy
 from asga.search.measured_latency import measure_layers
 from asga.search.profiles import ExampleInputs, LayerProfile
-from asga.search.space import LayerChoices, SpaceChoices
+from asga.search.space import LayerChoices, SearchSpace, SpaceChoices
 
 Bits = int | None
 Entry = tuple[str, Bits, Bits]
@@ -109,24 +110,49 @@ class LatencyTable:
     def measure(
         cls,
         model: nn.Module,
-        choices: SpaceChoices,
-        example_inputs: ExampleInputs,
+        choices: SearchSpace | SpaceChoices | torch.device | str | None = None,
+        example_inputs: ExampleInputs | None = None,
         *,
         device: torch.device | str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> "LatencyTable":
         """Measure every layer with what this device can really run; see `asga.search.measured_latency`.
 
+        ``LatencyTable.measure(model, "cuda", example_inputs=images)`` suffices where the search will have the usual
+        space.
+
         Args:
             model: A float model; it is run once on `device`, in a copy if it is elsewhere.
-            choices: The search space applied to the model.
-            example_inputs: What the latency is to be for, batch size and resolution included.
+            choices: The search space, or what `SearchSpace.choices` made of it for this model; None: ``SearchSpace()``.
+                In its place `device` may stand.
+            example_inputs: What the latency is to be for, batch size and resolution included. None: the model's own
+                ``example_input_array``, as Lightning's modules have it.
             device: Where to measure; None: where the model is.
             progress: Called after every measurement with how many are done, and how many there are.
 
         Returns:
             Times of all pairs of candidates of all layers, and of the excluded ones as they are.
+
+        Raises:
+            TypeError: `device` is given twice, or `choices` is something else.
+            ValueError: `example_inputs` is not known, or a layer is never called.
         """
+        if isinstance(choices, torch.device | str):
+            if device is not None:
+                raise TypeError(f"device is {device!r}, and choices is {choices!r}, a device, too; give one of them")
+            choices, device = None, choices
+        space = SearchSpace() if choices is None else choices
+        if not isinstance(space, SearchSpace | SpaceChoices):
+            raise TypeError(f"choices is {choices!r}; a SearchSpace or what its `choices` gives is needed, or a device")
+        if example_inputs is None:
+            example_inputs = getattr(model, "example_input_array", None)
+        if example_inputs is None:
+            raise ValueError(
+                "example_inputs is needed: times depend on the shapes that layers meet. Give a batch of the size and "
+                "resolution that the latency is to be for, or set model.example_input_array"
+            )
+        here = to_device(example_inputs, next(model.parameters()).device)
+        choices = space.choices(model, here) if isinstance(space, SearchSpace) else space
         pairs = {name: _pairs(choices, name) for name in choices.names}
         measured = measure_layers(model, example_inputs, pairs, device=device, progress=progress)
         times = {entry: nanoseconds for entry, (nanoseconds, _) in measured.items()}

@@ -155,6 +155,8 @@ class Program:
     def _solve(self, objective: np.ndarray, core: np.ndarray, largest_loss: float) -> list[Pair] | None:
         optimize = require("scipy.optimize", "search")
         rows, upper = np.vstack([self._limits, self._losses])[:, core], [*self._upper, largest_loss]
+        # In one of a hundred programs HiGHS prints "... tmpSolver.run();" when it repairs an answer of its own; neither
+        # `disp` nor tolerances nor solving without presolve silence that: https://github.com/jump-dev/HiGHS.jl/issues/312
         result = optimize.milp(
             objective[core],
             integrality=np.ones(np.count_nonzero(core)),

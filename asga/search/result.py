@@ -12,7 +12,7 @@ import numpy as np
 
 from asga._files import write_json
 from asga.policy import Policy
-from asga.search.budget import Budget
+from asga.search.budget import Budget, check_budget
 from asga.search.comparison import UniformComparison
 from asga.search.costs import Costs, policy_costs
 from asga.search.groups import Group
@@ -102,11 +102,13 @@ class SearchResult:
 
         Raises:
             InfeasibleBudgetError: No policy meets it; the message has the least cost that can be met.
+            TypeError: It is no `Budget`.
             ValueError: It limits what the profiles do not know.
 
         Warns:
             FarFromBudget: See `FrontierPoint.far`.
         """
+        check_budget("budget", budget)
         point = self._point(budget, meta, spend)
         if point.far:
             warnings.warn(_far([point]), FarFromBudget, stacklevel=2)
@@ -124,11 +126,17 @@ class SearchResult:
 
         Raises:
             InfeasibleBudgetError: As `policy_for`, of the first budget that no policy meets.
+            TypeError: Something else than budgets is given.
             ValueError: As `policy_for`.
 
         Warns:
             FarFromBudget: Points are far.
         """
+        if isinstance(budgets, Budget | str):
+            raise TypeError(f"budgets is {budgets!r}; several are needed, such as [Budget(bitops='w4a4')]")
+        budgets = list(budgets)
+        for k, budget in enumerate(budgets):
+            check_budget(f"budgets[{k}]", budget)
         points = [self._point(budget, None, spend) for budget in budgets]
         if far := [point for point in points if point.far]:
             warnings.warn(_far(far), FarFromBudget, stacklevel=2)
@@ -136,6 +144,7 @@ class SearchResult:
 
     def distance(self, budget: Budget) -> dict[str, float]:
         """How far a budget is from the one that was searched for; see `FrontierPoint`."""
+        check_budget("budget", budget)
         limits, trained = (b.limits(self.profiles, self.choices) for b in (budget, self.budget))
         trained = {**self.costs(self.policy).to_dict(), **trained}
         return {metric: limit / trained[metric] - 1 for metric, limit in limits.items()}

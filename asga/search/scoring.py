@@ -35,12 +35,13 @@ class Scorer:
 
     A policy is scored as a choice of the mixture, with its weights and scales as the search left them (float and as
     calibrated, where the method does not train), without training. For the method that has to choose between uniform
-    policies this says too little, so it scores them after 40 steps of SGD from the float model. Either way batch
-    normalization is measured anew, on every other batch, and the loss on the rest; a single batch does for both.
+    policies this says too little, and a policy of several searches has no mixture of its own: without a mixture,
+    policies are scored after 40 steps of SGD from the float model. Either way batch normalization is measured anew, on
+    every other batch, and the loss on the rest; a single batch does for both.
 
     Args:
         options: The search.
-        mixed: Its mixture, calibrated. It is left as it was.
+        mixed: Its mixture, calibrated. It is left as it was. None: policies are fine-tuned.
         profiles: What its layers cost.
         loader: Its proxy.
 
@@ -51,7 +52,7 @@ class Scorer:
     def __init__(
         self,
         options: "PolicySearcher",
-        mixed: nn.Module,
+        mixed: nn.Module | None,
         profiles: Mapping[str, LayerProfile],
         loader: Iterable[Batch],
     ) -> None:
@@ -66,9 +67,14 @@ class Scorer:
         for known, score in self._known:
             if known == policy:
                 return score
-        score = self._tuned(policy) if self._options.method == "uniform" else self._chosen(policy)
+        score = self._tuned(policy) if self.tunes else self._chosen(policy)
         self._known.append((policy, score))
         return score
+
+    @property
+    def tunes(self) -> bool:
+        """Whether policies are fine-tuned before they are scored."""
+        return self._mixed is None
 
     def _chosen(self, policy: Policy) -> Score:
         layers = {name: module for name, module in self._mixed.named_modules() if isinstance(module, QuantizedLayer)}

@@ -1,22 +1,24 @@
 """The search: bit-widths as probabilities, trained with the weights on a small dataset within a budget."""
 
+import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from asga._batches import Batch, first_sample, to_device
+from asga._checks import check_autocast, check_count, check_instance, check_number
 from asga._extras import require
 from asga.convert import prepare
 from asga.nn import calibrate
 from asga.nn.quantizable import unwrapped
-from asga.policy import LayerPolicy
-from asga.runs import RunFolder
+from asga.policy import LayerPolicy, Policy, WeightBits
+from asga.runs import RunFolder, open_folder
 from asga.search.baselines import uniform_pairs
-from asga.search.budget import Budget
+from asga.search.budget import Budget, check_budget
 from asga.search.comparison import NotBetterThanUniform, UniformComparison
 from asga.search.costs import cost_tables
 from asga.search.held_out import split_loader
@@ -29,7 +31,7 @@ from asga.search.scoring import Scorer
 from asga.search.selection import best_policy
 from asga.search.solver import check_feasible
 from asga.search.space import SearchSpace
-from asga.search.trained import Search
+from asga.search.trained import Search, check_optimizer_options
 from asga.search.untrained import score_candidates
 from asga.search.watches import ClassWatch
 from asga.steps import LossFunction
@@ -77,12 +79,14 @@ class PolicySearcher:
         autocast: Run the model under autocast to this dtype.
         checkpoint_every: Steps of an epoch between checkpoints; there is one at its end, too. One of them is what the
             search goes back to when its loss stays NaN.
-        folder: Where metrics and checkpoints go; with a checkpoint in it, `fit` resumes.
+        folder: Where metrics and checkpoints go: a path, or a `RunFolder`. With a checkpoint in it, `fit` resumes; a
+            folder of a path that is not there yet is made.
         progress: Called after every step.
         stage: The name of this search in metrics and checkpoints.
         meta: Further metadata of the policy, such as the architecture's name.
 
     Raises:
+        TypeError: An option is of another type.
         ValueError: An option is out of range, or the model has no layer to search.
 
     Source:
@@ -114,16 +118,17 @@ class PolicySearcher:
         loss_fn: LossFunction = functional.cross_entropy,
         autocast: torch.dtype | None = None,
         checkpoint_every: int = CHECKPOINT_EVERY,
-        folder: RunFolder | None = None,
+        folder: RunFolder | str | os.PathLike | None = None,
         progress: Callable[[Progress], None] | None = None,
         stage: str = "search",
         meta: Mapping[str, object] | None = None,
     ) -> None:
+        check_instance("model", model, nn.Module, "a torch.nn.Module")
+        check_instance("space", space, (SearchSpace, type(None)), "a SearchSpace, or None for the usual one,")
+        check_budget("budget", budget)
         if method not in METHODS:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(map(repr, METHODS))}")
         check_relaxation(relaxation)
-        if held_out is not None and not 0 < held_out < 1:
-            raise ValueError(f"held_out is {held_out}; it must lie between 0 and 1, or be None")
         counts = {
             "epochs": epochs,
             "calibration_batches": calibration_batches,
@@ -131,10 +136,25 @@ class PolicySearcher:
             "checkpoint_every": checkpoint_every,
         }
         for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if not (temperature[0] >= temperature[1] > 0):
-            raise ValueError(f"temperature is {temperature}; it must fall and stay above zero")
+            check_count(name, value)
+        check_count("warmup", warmup, least=0)
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "logit_lr": logit_lr}.items():
+            check_number(name, value)
+        check_number("momentum", momentum, below=1)
+        _check_temperature(temperature)
+        if held_out is not None:
+            check_number("held_out", held_out, below=1)
+            if held_out == 0:
+                raise ValueError("held_out is 0; it must lie between 0 and 1, or be None")
+        check_instance(
+            "optimizer_options", optimizer_options, (Mapping, type(None)), "a mapping such as {'rho_max': 0.2}"
+        )
+        check_optimizer_options(method, optimizer_options or {})
+        table = "a LatencyTable (LatencyTable.from_csv reads one), or None,"
+        check_instance("latency_table", latency_table, (LatencyTable, type(None)), table)
+        check_autocast(autocast)
+        check_instance("folder", folder, (RunFolder, str, os.PathLike, type(None)), "a path or a RunFolder, or None,")
+        check_instance("meta", meta, (Mapping, type(None)), "a mapping")
         self.space = space if space is not None else SearchSpace()
         model = unwrapped(model)
         # Rules for groups run the model; without `example_inputs` they wait for the loader.
@@ -166,7 +186,7 @@ class PolicySearcher:
             ImportError: scipy is not installed.
             TrainingError: The loss is not finite, or the data do not fit the model.
             TypeError: A batch has another form.
-            ValueError: The loader is empty, has no length, or has one class only.
+            ValueError: The loader is empty, has no length, or has one class only, or `folder` holds another run.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the search.
 
         Warns:
@@ -191,10 +211,9 @@ class PolicySearcher:
             log_probs, expected = search.log_probs(), search.expected_now()
         else:
             profiles, _ = self.check(loader)
-            mixed = self._mixture(loader)
+            mixed = None if self.method == "uniform" else self._mixture(loader)
             log_probs, expected = {}, {}
-        limits = self.budget.limits(profiles, self.choices)
-        uniform = {pair: self.choices.uniform(*pair) for pair in uniform_pairs(profiles, self.choices, limits)}
+        uniform = self._uniform(profiles)
         scorer = Scorer(self, mixed, profiles, loader)
         if self.method not in TRAINED:
             seen = ClassWatch(len(scorer.batches))
@@ -205,12 +224,9 @@ class PolicySearcher:
             history = [{"stage": self.stage, "seconds": round(time.perf_counter() - started, 3)}]
         trained = self.method in TRAINED
         policy = best_policy(log_probs, self.choices, profiles, self.budget, self.meta, trained=trained)
-        pairs = {str(LayerPolicy(*pair)): scorer(choice) for pair, choice in uniform.items()}
-        comparison = UniformComparison(scorer(policy), pairs)
+        comparison = _compared(policy, uniform, scorer)
         if comparison.better is False and self.method != "uniform":
-            warnings.warn(
-                f"the policy is not better than uniform bits: {comparison}", NotBetterThanUniform, stacklevel=2
-            )
+            warnings.warn(f"the policy is {comparison.verdict}: {comparison}", NotBetterThanUniform, stacklevel=2)
         return SearchResult(
             policy=policy,
             budget=self.budget,
@@ -222,6 +238,29 @@ class PolicySearcher:
             method=self.method,
             uniform=comparison,
         )
+
+    def compare(self, policy: Policy, loader: Iterable[Batch]) -> UniformComparison:
+        """A policy beside the uniform pairs within the budget, all after a short fine-tuning from the float model.
+
+        For a policy that none of this searcher's mixtures was trained for, such as the `asga.search.consensus` of
+        several searches; `fit` compares its own. Random numbers, of dropout, are those of torch's global generator.
+
+        Args:
+            policy: One of the space.
+            loader: As for `fit`.
+
+        Raises:
+            InfeasibleBudgetError, ImportError, TrainingError, TypeError: As `fit` does.
+            ValueError: As `fit` does, or the policy is not about the layers of the model.
+        """
+        profiles, _ = self.check(loader)
+        policy.check_against(self.choices.names)
+        return _compared(policy, self._uniform(profiles), Scorer(self, None, profiles, loader))
+
+    def _uniform(self, profiles: Mapping[str, LayerProfile]) -> dict[tuple[WeightBits, int | None], Policy]:
+        """The uniform policies to compare with, by their bits."""
+        limits = self.budget.limits(profiles, self.choices)
+        return {pair: self.choices.uniform(*pair) for pair in uniform_pairs(profiles, self.choices, limits)}
 
     def _setting(self) -> dict[str, str]:
         """What a search that goes on must have in common with the one that was interrupted."""
@@ -260,6 +299,7 @@ class PolicySearcher:
         if self.method not in TRAINED:
             raise ValueError(f"method is {self.method!r}, which makes no steps: call fit")
         profiles, limits = self.check(loader)
+        self.folder = open_folder(self.folder, "search")
         return Search(self, self._mixture(loader).train(), profiles, limits, loader)
 
     def check(self, loader: Iterable[Batch]) -> tuple[dict[str, LayerProfile], dict[str, int]]:
@@ -304,6 +344,22 @@ class PolicySearcher:
 def _beside(model: nn.Module, inputs: ExampleInputs | None) -> ExampleInputs | None:
     """Inputs on the device of the model."""
     return inputs if inputs is None else to_device(inputs, next(model.parameters()).device)
+
+
+def _compared(
+    policy: Policy, uniform: Mapping[tuple[WeightBits, int | None], Policy], scorer: Scorer
+) -> UniformComparison:
+    pairs = {str(LayerPolicy(*pair)): scorer(choice) for pair, choice in uniform.items()}
+    return UniformComparison(scorer(policy), pairs, scorer.tunes)
+
+
+def _check_temperature(temperature: tuple[float, float]) -> None:
+    if isinstance(temperature, str) or not isinstance(temperature, Sequence) or len(temperature) != 2:
+        raise TypeError(f"temperature is {temperature!r}; a pair is needed, that at the start and that at the end")
+    for k, value in enumerate(temperature):
+        check_number(f"temperature[{k}]", value)
+    if not temperature[0] >= temperature[1] > 0:
+        raise ValueError(f"temperature is {temperature}; it must fall and stay above zero")
 
 
 def _check_classes(loader: Iterable[Batch]) -> None:

@@ -145,7 +145,8 @@ class SearchSpace:
             joined. Pinned and excluded layers are left out: they have nothing to share.
 
     Raises:
-        TypeError: A bit-width is neither an integer nor a name, or `exclude` or a group not a sequence of strings.
+        TypeError: A bit-width is neither an integer nor a name, `pinned` no mapping, or `exclude` or a group not a
+            sequence of strings.
         ValueError: A bit-width is outside 2..8 or given twice, a format, a target or a rule unknown, or there are no or
             too many candidates.
     """
@@ -176,6 +177,8 @@ class SearchSpace:
         find_target(self.target)
         if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise TypeError(f"exclude is {self.exclude!r}; a sequence of name patterns is needed")
+        if not isinstance(self.pinned, Mapping):
+            raise TypeError(f"pinned is {self.pinned!r}; bits by pattern are needed, such as {{'conv1': 8}}")
         first_last = None if self.first_last is None else _pair("first_last", self.first_last)
         pinned = {pattern: _pair(f"pinned[{pattern!r}]", pin) for pattern, pin in self.pinned.items()}
         # The dataclass is frozen: values in their canonical form can only be put in place this way.

@@ -1,3 +1,4 @@
+import re
 import sys
 
 import pytest
@@ -18,7 +19,10 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
-    assert f"usage: asga {command}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"usage: asga {command}" in shown
+    assert not re.search(r"\(default:\s*(None|False|\[\]|)\)", shown)
+    assert command in ("evaluate", "report", "info") or "(default: " in shown
 
 
 @pytest.mark.parametrize("arguments", [[], ["report"], ["search"], ["search", "--method", "hawq"]], ids=" ".join)

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from asga import Policy, SearchSpace, prepare, quantize
-from asga.cli.options import load_weights, model_factory
+from asga.cli.options import load_weights, model_factory, parse_group, parse_pins
 from asga.data import Batches, ImageTensor
+from asga.search import Group
 
 
 @pytest.fixture
@@ -38,3 +39,14 @@ class TestLayout:
         torch.save(state, tmp_path / "float.pt")
         load_weights(net, tmp_path / "float.pt")
         self._check(net)
+
+
+def test_pins():
+    texts = ["conv1=8", "layer1.* = 4/6", "fc=fp8/none", "a=b=int4 / 8"]
+    assert parse_pins(texts) == {"conv1": 8, "layer1.*": (4, 6), "fc": ("fp8", None), "a=b": ("int4", 8)}
+    assert parse_pins([]) == {}
+
+
+def test_groups():
+    assert parse_group("conv1, conv2") == Group(("conv1", "conv2"))
+    assert parse_group("layer1.*,fc = act") == Group(("layer1.*", "fc"), "act")

@@ -1,15 +1,24 @@
 import errno
+import hashlib
+import html
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 import asga
 from asga.cli import main
 from asga.cli.console import Console
-from asga.search import LatencyTable, SearchResult, consensus, policy_agreement
+from asga.runs import RunFolder
+from asga.search import Group, LatencyTable, SearchResult, consensus, policy_agreement
 
 
 def without_times(path) -> list[dict]:
@@ -112,6 +121,40 @@ class TestRunFolder:
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         assert (config["options"]["formats"], config["options"]["target"]) == ("int4,fp4,fp8", "any")
 
+    def test_pins_exclusions_and_groups_reach_the_search(self, figures, run, fails, search_arguments, tmp_path):
+        given = ("--pin", "conv*=8", "--pin", "conv1 = 4/6", "--first-last", 0, "--groups", " residual, qkv ")
+        assert run(*search_arguments, *given, "--exclude", "conv3", "--method", "random")[0] == 0
+        found = SearchResult.load(tmp_path / "run" / "search.json")
+        bits = {name: (c.weight_bits, c.act_bits) for name, c in found.choices.layers.items() if c.pinned}
+        assert bits == {"conv1": ((4,), (6,)), "conv2": ((8,), (8,))}
+        assert found.choices.excluded == ("conv3",)
+        options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+        assert (options["pin"], options["exclude"]) == (["conv*=8", "conv1 = 4/6"], ["conv3"])
+        page = html.unescape((tmp_path / "run" / "report.html").read_text())
+        assert "<dd>['conv*=8', 'conv1 = 4/6']</dd>" in page
+        assert "(exclude: ['conv3'] then, None now)" in fails(
+            *search_arguments, *given, "--method", "random", "--resume"
+        )
+
+    def test_groups_by_hand_reach_the_search(self, run, fails, search_arguments, tmp_path):
+        given = ("--first-last", 0, "--group", "conv1, fc=act", "--group", "conv[23]", "--method", "random")
+        assert run(*search_arguments, *given)[0] == 0
+        found = SearchResult.load(tmp_path / "run" / "search.json")
+        assert found.choices.groups == (Group(("conv1", "fc"), "act"), Group(("conv2", "conv3")))
+        assert found.policy["conv2"] == found.policy["conv3"]
+        other = ("--first-last", 0, "--group", "conv[23]", "--method", "random")
+        assert "group: ['conv1, fc=act', 'conv[23]'] then" in fails(*search_arguments, *other, "--resume")
+
+    def test_checkpoints_as_often_as_asked(self, run, search_arguments, monkeypatch):
+        """Three batches an epoch, two epochs, float model and search: every second step and at each epoch's end."""
+        written = []
+        monkeypatch.setattr(RunFolder, "save_checkpoint", lambda *_: written.append(1))
+        assert run(*search_arguments, "--checkpoint-every", 2)[0] == 0
+        often, written[:] = len(written), []
+        shutil.rmtree("run")
+        assert run(*search_arguments)[0] == 0
+        assert often == len(written) + 2 * 2
+
     def test_given_weights_are_not_trained_again(self, run, search_arguments, tmp_path):
         assert run(*search_arguments)[0] == 0
         (tmp_path / "run").rename(tmp_path / "first")
@@ -186,6 +229,49 @@ class TestResume:
     def test_other_options(self, fails, run, search_arguments, tmp_path, whole):
         shutil.copytree(whole, tmp_path / "run")
         assert "(epochs: 2 then, 3 now)" in fails(*search_arguments, "--resume", "--epochs", 3)
+
+    def test_other_files_of_the_same_name(self, run, fails, search_arguments, tmp_path, whole):
+        names, bits = ("conv1", "conv2", "conv3", "fc"), (2, 3, 4, 6, 8)
+        table = LatencyTable({(n, w, a): w * a for n in names for w in bits for a in bits})
+        table.to_csv("table.csv")
+        shutil.copy(whole / "float.pt", "float.pt")
+        given = ("--init", "float.pt", "--latency-table", "table.csv", "--method", "random")
+        assert run(*search_arguments, *given)[0] == 0
+        options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+        assert options["init_sha256"] == hashlib.sha256((whole / "float.pt").read_bytes()).hexdigest()
+        assert run(*search_arguments, *given, "--resume")[0] == 0
+        replace(table, times={**table.times, ("fc", 8, 8): 1}).to_csv("table.csv")
+        assert f"(latency_table_sha256: '{options['latency_table_sha256']}' then, '" in fails(
+            *search_arguments, *given, "--resume"
+        )
+        table.to_csv("table.csv")
+        weights = torch.load("float.pt", weights_only=True)
+        torch.save({name: value + 1 for name, value in weights.items()}, "float.pt")
+        assert "(init_sha256: " in fails(*search_arguments, *given, "--resume")
+
+    def test_after_sigterm_to_its_process(self, run, search_arguments, tmp_path, run_contents):
+        """Stopped in the search, by what a batch system sends; the float model is done, most of the epochs are not."""
+        arguments = [*search_arguments, "--epochs", "40"]
+        assert run(*arguments, "--out", "whole")[0] == 0
+        modules = Path(sys.modules["asga_test_factory"].__file__).parent
+        # As many threads as here: sums of floats depend on it.
+        env = {**os.environ, "PYTHONPATH": str(modules), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        command = [sys.executable, "-m", "asga", *arguments]
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                metrics = tmp_path / "run" / "metrics.jsonl"
+                while process.poll() is None and not (metrics.exists() and "search/seed0" in metrics.read_text()):
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGTERM)
+                _, err = process.communicate()
+            finally:
+                process.kill()
+        assert (process.returncode, err) == (130, "\nasga: stopped. Go on with the same command and --resume: run\n")
+        assert not (tmp_path / "run" / "policy.json").exists()
+        logged = sum(line.get("stage") == "search/seed0" for line in without_times(tmp_path / "run"))
+        assert 0 < logged < 80  # an epoch and its probabilities each
+        assert run(*arguments, "--resume")[0] == 0
+        assert self._same(tmp_path / "whole", tmp_path / "run", run_contents)
 
     def test_nothing_there(self, fails, search_arguments):
         assert "holds no run to resume" in fails(*search_arguments, "--resume")
@@ -285,6 +371,19 @@ class TestSeeds:
         assert list(result["seeds"]) == list(policies)
         assert result["seeds"]["seed6"]["cost_shares"]["policy"]["bitops"] <= 1
 
+    def test_the_policy_of_all_is_compared_with_uniform_bits(self, run, search_arguments, tmp_path, whole_of_three):
+        shutil.copytree(whole_of_three, tmp_path / "run")
+        status, out, _ = run(*search_arguments, *SEEDS, "--resume")
+        assert status == 0
+        found = SearchResult.load(tmp_path / "run" / "search.json").uniform
+        assert found.tuned
+        assert (
+            f"the policy of all seeds together is {found.verdict}: loss on the proxy after a short fine-tuning" in out
+        )
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert result["uniform"] == found.to_dict()
+        assert result == json.loads((whole_of_three / "result.json").read_text())  # not measured again
+
     def test_first_of_several_is_the_search_of_that_seed(self, run, search_arguments, tmp_path, whole_of_three):
         assert run(*search_arguments, "--seed", 5)[0] == 0
         alone = (tmp_path / "run" / "search.json").read_bytes()
@@ -338,6 +437,16 @@ class TestBadInput:
             (("--formats", "int4,fp6"), "formats[1] is 'fp6'; supported are int2"),
             (("--formats", "int4", "--weight-bits", "4"), "formats is ('int4',) and weight_bits is (4,)"),
             (("--formats", "fp4,fp8"), "no integer for the inputs"),
+            (("--pin", "conv2"), "'conv2' is not a pattern with bits such as conv1=8"),
+            (("--pin", "conv2=w4a4"), "'conv2=w4a4' is not a pattern with bits"),
+            (("--pin", "conv2=9"), "pinned['conv2'] is 9; supported are 2 to 8"),
+            (("--pin", "conv2=4/none8"), "is not a pattern with bits"),
+            (("--pin", "con2=4"), "the pattern 'con2' matches no quantizable layer; did you mean 'conv2'"),
+            (("--pin", "conv2=4", "--pin", "conv2=8"), "--pin: 'conv2' is there twice"),
+            (("--exclude", "layer1.*"), "exclude: the pattern 'layer1.*' matches no quantizable layer"),
+            (("--group", "conv2"), "at least two layers that are searched are needed"),
+            (("--group", "conv2,conv3=bits"), "--group: 'conv2,conv3=bits': share of a group is 'bits'"),
+            (("--group", ","), "--group: ',': a group has no layers"),
             (("--target", "tensort"), "target is 'tensort'"),
             (("--target", "onnxruntime-cpu"), "onnxruntime-cpu cannot run, as weights x inputs:"),
             (("--first-last", "16"), "first_last is 16"),
@@ -350,6 +459,7 @@ class TestBadInput:
             (("--float-epochs", -1), "--float-epochs is -1; it must be at least 1"),
             (("--seeds", 0), "--seeds is 0; it must be at least 1"),
             (("--target-size", -8), "--target-size is -8; it must be at least 1"),
+            (("--checkpoint-every", 0), "--checkpoint-every is 0; it must be at least 1"),
             (("--batch-size", 0), "batch_size is 0"),
             (("--limit", 0), "limit is 0"),
             (("--limit", 1), "the proxy has a single class"),
@@ -365,8 +475,18 @@ class TestBadInput:
         assert message in fails(*search_arguments, *options)
 
     def test_weights_of_another_model(self, fails, search_arguments, tmp_path):
-        (tmp_path / "other.pt").write_bytes(b"not weights")
-        assert "other.pt does not hold the weights" in fails(*search_arguments, "--init", "other.pt")
+        torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pt")
+        assert "other.pt does not hold the weights of this model: " in fails(*search_arguments, "--init", "other.pt")
+
+    @pytest.mark.parametrize("content", [b"not weights", b"layer,weight_bits\n", b"", b"\x80\x02]q\x00."])
+    def test_file_without_weights(self, fails, search_arguments, tmp_path, content):
+        (tmp_path / "other.pt").write_bytes(content)
+        err = fails(*search_arguments, "--init", "other.pt")
+        assert "other.pt is no file of weights, or a damaged one (" in err
+
+    def test_file_of_something_else(self, fails, search_arguments, tmp_path):
+        torch.save([torch.zeros(1)], tmp_path / "other.pt")
+        assert "other.pt holds a list; a state dict" in fails(*search_arguments, "--init", "other.pt")
 
     def test_unreadable_image(self, fails, search_arguments, proxy, tmp_path):
         shutil.copytree(proxy.partition(":")[2], tmp_path / "data")

@@ -206,7 +206,7 @@ class TestResume:
     def test_damaged_weights_are_named(self, fails, transfer_arguments, tmp_path, whole, name):
         shutil.copytree(whole, tmp_path / "run")
         (tmp_path / "run" / name).write_bytes(b"damaged")
-        assert f"{name} does not hold the weights" in fails(*transfer_arguments, *COMPARED, "--resume")
+        assert f"{name} is no file of weights, or a damaged one" in fails(*transfer_arguments, *COMPARED, "--resume")
 
 
 class TestBadInput:

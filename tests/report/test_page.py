@@ -1,11 +1,13 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
 
 import pytest
 
 from asga.policy import LayerPolicy, Policy
 from asga.report import write_report
+from asga.search.comparison import Score, UniformComparison
 
 
 @pytest.fixture(scope="session")
@@ -82,12 +84,18 @@ def text_of(tmp_path, page_of):
     return text
 
 
-def _comparison(better: bool | None = True, error: float | None = 0.01) -> dict[str, object]:
-    """As `asga.search.comparison.UniformComparison.to_dict` gives it."""
-    score = {"losses": [1.0, 1.2], "top1": 0.6, "cost_shares": {"bitops": 0.95}}
-    pairs = {"w2a4": {**score, "loss": 1.15}, "w3a3": {**score, "loss": 1.3, "top1": None}}
-    found = {"best": "w2a4", "difference": -0.05, "error": error, "better": better}
-    return {"policy": {**score, "loss": 1.1}, "pairs": pairs, **found}
+BETTER, UNCLEAR, WORSE = (0.04, 0.06), (0.19, -0.09), (-0.04, -0.06)
+
+
+def _comparison(lost: tuple[float, ...] = BETTER, *, tuned: bool = False) -> dict[str, object]:
+    """A policy, and what the best uniform pair loses more on every batch."""
+    policy = (1.0, 1.2)[: len(lost)]
+
+    def score(more: Sequence[float], top1: float | None = 0.6) -> Score:
+        return Score(tuple(loss + m for loss, m in zip(policy, more, strict=True)), top1, {"bitops": 0.95})
+
+    pairs = {"w2a4": score(lost), "w3a3": score([0.3] * len(lost), None)}
+    return UniformComparison(score([0.0] * len(lost)), pairs, tuned).to_dict()
 
 
 class TestUniform:
@@ -96,14 +104,24 @@ class TestUniform:
     def test_is_told_with_all_pairs(self, text_of):
         text = text_of(uniform=_comparison())
         assert "loss on the proxy 1.1000 , that of the best uniform pair within the budget, w2a4, 1.1500" in text
-        assert "a difference of -0.0500 ± 0.0100, better." in text
-        assert "policy 1.1000 60.0 % 95.0 % w2a4 1.1500 60.0 % 95.0 % w3a3 1.3000 95.0 %" in text
+        assert "a difference of -0.0500 ± 0.0100: better than uniform bits." in text
+        assert "policy 1.1000 60.0 % 95.0 % w2a4 1.1500 60.0 % 95.0 % w3a3 1.4000 95.0 %" in text
 
-    @pytest.mark.parametrize(("better", "word"), [(True, "better"), (False, "not better"), (None, "unclear")])
-    def test_not_better_is_a_warning(self, text_of, better, word):
-        text = text_of(uniform=_comparison(better))
-        assert f"± 0.0100, {word}." in text
-        assert ("On the proxy the policy is not better than uniform bits" in text) is (better is False)
+    @pytest.mark.parametrize(
+        ("lost", "words"),
+        [
+            (UNCLEAR, "not distinguishable from uniform bits"),
+            (WORSE, "NOT better than uniform bits"),
+            ((0.0, 0.0), "the uniform pair w2a4 itself"),
+        ],
+    )
+    def test_not_better_is_a_warning(self, text_of, lost, words):
+        text = text_of(uniform=_comparison(lost))
+        assert f": {words}." in text
+        assert f"On the proxy, at equal cost, the policy is {words}, see below" in text
+
+    def test_better_is_none(self, text_of):
+        assert "On the proxy, at equal cost" not in text_of(uniform=_comparison())
 
     @pytest.mark.parametrize(
         ("method", "words"),
@@ -114,23 +132,33 @@ class TestUniform:
         ],
     )
     def test_how_it_was_measured_is_told(self, text_of, method, words):
-        assert words in text_of(uniform=_comparison(), method=method)
+        assert words in text_of(uniform=_comparison(tuned=method == "uniform"), method=method)
 
     def test_a_single_batch_has_no_error(self, text_of):
-        assert "a difference of -0.0500, unclear." in text_of(uniform=_comparison(None, None))
+        assert "a difference of -0.0500: not comparable with uniform bits." in text_of(uniform=_comparison((0.05,)))
 
     def test_the_uniform_policy_itself_is_not_warned_of(self, text_of):
-        assert "On the proxy the policy" not in text_of(uniform=_comparison(False), method="uniform")
+        assert "On the proxy, at equal cost" not in text_of(uniform=_comparison(WORSE), method="uniform")
 
     def test_of_several_seeds(self, text_of):
-        seeds = {"seed0": {"uniform": _comparison(False)}, "seed1": {"uniform": _comparison()}}
+        seeds = {"seed0": {"uniform": _comparison(WORSE)}, "seed1": {"uniform": _comparison()}}
         text = text_of(seeds=seeds)
-        assert "On the proxy the policies of 1 of 2 seeds are not better than uniform bits" in text
+        assert "On the proxy, at equal cost, policies of single seeds: 1 of 2 NOT better than uniform bits" in text
         assert "seed0: loss on the proxy 1.1000" in text
         assert "seed1: loss on the proxy 1.1000" in text
 
+    def test_of_several_seeds_together(self, text_of):
+        seeds = {"seed0": {"uniform": _comparison()}, "seed1": {"uniform": _comparison()}}
+        text = text_of(seeds=seeds, uniform=_comparison(UNCLEAR, tuned=True), method="asga")
+        assert "On the proxy, at equal cost, the policy is not distinguishable from uniform bits, see below" in text
+        assert "policies of single seeds" not in text
+        assert "policy: loss on the proxy 1.1000" in text
+        assert "policy 1.1000 60.0 % 95.0 % w2a4 1.1500" in text
+        assert "seed0, seed1: All are choices of the same mixture" in text
+        assert "policy: All were fine-tuned for a few steps" in text
+
     def test_no_pair_fits_the_budget(self, text_of):
-        text = text_of(uniform={**_comparison(None), "pairs": {}, "best": None, "difference": None})
+        text = text_of(uniform={**_comparison(), "pairs": {}})
         assert "uniform" not in text
 
 

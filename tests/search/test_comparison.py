@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from asga.search.comparison import Score, UniformComparison
@@ -24,15 +26,32 @@ class TestComparison:
     def test_not_better(self, policy):
         assert compare(policy, w2a4=(1.2, 5.3, 9.2)).better is False
 
+    @pytest.mark.parametrize(
+        ("policy", "verdict"),
+        [
+            ((1.0, 5.0, 9.0), "better than uniform bits"),
+            ((1.1, 5.4, 9.1), "not distinguishable from uniform bits"),  # -0.03 +- 0.07
+            ((1.3, 5.2, 9.4), "NOT better than uniform bits"),  # 0.07 +- 0.09: within the error, but not in its favour
+            ((2.0, 6.0, 10.0), "NOT better than uniform bits"),
+            ((1.2, 5.3, 9.2), "the uniform pair w2a4 itself"),
+        ],
+    )
+    def test_verdict(self, policy, verdict):
+        comparison = compare(policy, w2a4=(1.2, 5.3, 9.2), w8a2=(3.0, 6.0, 12.0))
+        assert comparison.verdict == comparison.to_dict()["verdict"] == verdict
+        assert UniformComparison.from_dict(comparison.to_dict()).verdict == verdict
+
     def test_one_batch_tells_no_error(self):
         comparison = compare((1.0,), w2a4=(1.2,))
         assert comparison.difference == pytest.approx(-0.2)
         assert (comparison.error, comparison.better) == (None, None)
+        assert comparison.verdict == "not comparable with uniform bits"
         assert "w2a4, 1.2000: a difference of -0.2000 (" in str(comparison)
 
     def test_no_pair(self):
         comparison = compare((1.0, 2.0))
         assert (comparison.best, comparison.difference, comparison.error, comparison.better) == (None,) * 4
+        assert comparison.verdict == "not comparable with uniform bits"
         assert str(comparison) == "no uniform pair of bits fits the budget"
 
     def test_in_words(self):
@@ -40,8 +59,10 @@ class TestComparison:
         assert "loss on the proxy 5.0000, that of the best uniform pair, w2a4, 5.2333" in text
         assert "-0.2333 ± 0.0333 (standard error over 3 batches); bitops 90.0% against 90.0%" in text
 
-    def test_round_trip(self):
-        comparison = compare((1.0, 5.0), w2a4=(1.2, 5.3), w3a3=(2.0, 3.0))
+    @pytest.mark.parametrize("tuned", [False, True])
+    def test_round_trip(self, tuned):
+        comparison = replace(compare((1.0, 5.0), w2a4=(1.2, 5.3), w3a3=(2.0, 3.0)), tuned=tuned)
+        assert ("loss on the proxy after a short fine-tuning 3.0000" in str(comparison)) is tuned
         data = comparison.to_dict()
         assert UniformComparison.from_dict(data) == comparison
         assert (data["best"], data["better"]) == ("w3a3", False)

@@ -52,6 +52,51 @@ def test_every_pair_of_a_space_has_a_time(monkeypatch):
     assert steps == [(done, 18) for done in range(1, 19)]
 
 
+class TestArguments:
+    """What can be left out, and in which order the rest may stand."""
+
+    @pytest.fixture(autouse=True)
+    def measured(self, monkeypatch) -> list[dict[str, object]]:
+        """What `measure_layers` was asked for."""
+        asked: list[dict[str, object]] = []
+
+        def measure_layers(model, example_inputs, pairs, *, device, progress):
+            asked.append({"inputs": example_inputs, "pairs": pairs, "device": device})
+            return {(name, *pair): (1, "float32") for name, wished in pairs.items() for pair in wished}
+
+        monkeypatch.setattr("asga.search.latency.measure_layers", measure_layers)
+        return asked
+
+    @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=["name", "device"])
+    def test_model_and_device(self, measured, device):
+        model = Net()
+        model.example_input_array = IMAGE
+        LatencyTable.measure(model, device).check(SearchSpace().choices(model))
+        assert measured[0]["inputs"] is IMAGE
+        assert measured[0]["device"] == device
+
+    def test_model_and_inputs(self, measured):
+        LatencyTable.measure(Net(), example_inputs=IMAGE).check(SearchSpace().choices(Net()))
+        assert measured[0]["device"] is None
+
+    def test_a_space(self, measured):
+        space = SearchSpace(weight_bits=(4, 8), act_bits=(8,), groups=["residual"])
+        LatencyTable.measure(Net(), space, IMAGE, device="cpu").check(space.choices(Net(), IMAGE))
+        assert measured[0]["pairs"]["one"] == [(4, 8), (8, 8)]
+
+    def test_shapes_are_not_known(self):
+        with pytest.raises(ValueError, match="example_inputs is needed: times depend on the shapes"):
+            LatencyTable.measure(Net(), "cpu")
+
+    def test_device_twice(self):
+        with pytest.raises(TypeError, match="device is 'cuda', and choices is 'cpu', a device, too; give one"):
+            LatencyTable.measure(Net(), "cpu", IMAGE, device="cuda")
+
+    def test_no_space(self):
+        with pytest.raises(TypeError, match="choices is 8; a SearchSpace or what"):
+            LatencyTable.measure(Net(), 8, IMAGE)
+
+
 def test_a_layer_called_twice_takes_both_times(monkeypatch):
     monkeypatch.setattr(measured_latency, "_time", lambda run: 5 if run is not None else None)
     found = measure_layers(Net(), IMAGE, {"one": [(None, None)], "twice": [(None, None)]})

@@ -132,6 +132,14 @@ class TestFrontier:
         with pytest.raises(InfeasibleBudgetError, match="least possible"):
             result.pareto([Budget(bitops="w4a4"), Budget(bitops=1000)])
 
+    def test_no_budgets(self, result):
+        with pytest.raises(TypeError, match=r"budgets\[1\] is 'w3a3'; .* Budget\(bitops='w3a3'"):
+            result.pareto([Budget(bitops="w4a4"), "w3a3"])
+        with pytest.raises(TypeError, match="several are needed"):
+            result.pareto(Budget(bitops="w4a4"))
+        with pytest.raises(TypeError, match=r"budget is 0.5; a Budget is needed"):
+            result.policy_for(0.5)
+
     def test_methods_without_training_have_no_probability(self, result):
         point = replace(result, method="hawq").pareto([BUDGETS[1]])[0]
         assert (point.log_prob, point.far) == (None, False)

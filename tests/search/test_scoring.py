@@ -19,8 +19,9 @@ def make_scorer(tiny_net):
         model = tiny_net()
         model.dropout.p = 0.0
         searcher = PolicySearcher(model, SPACE, budget=Budget(bitops="w4a8"), method=method, **options)
-        mixed = prepare(model, SPACE)
-        calibrate(mixed, batches)
+        mixed = None if method == "uniform" else prepare(model, SPACE)
+        if mixed is not None:
+            calibrate(mixed, batches)
         return Scorer(searcher, mixed, searcher.check(batches)[0], batches), mixed, searcher
 
     return make

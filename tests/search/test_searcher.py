@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import asga
 from asga import Budget, InfeasibleBudgetError, LatencyTable, PolicySearcher, SearchSpace
 from asga.models import resnet20
-from asga.policy import LayerPolicy
-from asga.runs import RunFolder
+from asga.policy import LayerPolicy, Policy
+from asga.runs import RunExistsError, RunFolder
 from asga.search.comparison import NotBetterThanUniform
 from asga.search.costs import policy_costs
 from asga.search.groups import Group
@@ -348,8 +348,87 @@ class TestMethods:
 
     def test_a_policy_no_better_than_uniform_is_warned_of(self, tiny_net, labeled_batches):
         space = SearchSpace(weight_bits=(4,), act_bits=(3,))
-        with pytest.warns(NotBetterThanUniform, match=r"best uniform pair, w4a3, .*: a difference of \+0.0000"):
+        with pytest.warns(NotBetterThanUniform, match="^the policy is the uniform pair w4a3 itself: loss"):
             search(tiny_net(), labeled_batches(), space)
+
+
+class Shared(nn.Module):
+    """A layer that is registered under two names and called by both, and two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+        self.tied = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.tied[1].weight = self.tied[0].weight
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        for layer in (self.stem, self.first, self.second, *self.tied):
+            x = layer(x).relu()
+        return self.head(x)
+
+
+@METHODS
+class TestSharedModules:
+    DATA = tuple((torch.randn(8, 8, generator=torch.Generator().manual_seed(k)), torch.arange(8) % 3) for k in (0, 1))
+
+    def test_two_names_are_one_layer_that_is_called_twice(self, method):
+        result = search(Shared(), self.DATA, method=method)
+        assert list(result.policy) == ["stem", "first", "tied.0", "tied.1", "head"]
+        assert result.profiles["first"].macs == 2 * result.profiles["stem"].macs
+        assert result.profiles["first"].weight_numel == 64
+        quantized = asga.quantize(Shared(), result.policy)
+        assert quantized.second is quantized.first
+        assert quantized.first.weight_quantizer.bits == result.policy["first"].weight_bits
+
+    def test_a_pin_by_the_second_name_is_refused(self, method):
+        with pytest.raises(ValueError, match="the pattern 'second' matches no quantizable layer"):
+            search(Shared(), self.DATA, SearchSpace(pinned={"second": 4}), method=method)
+
+    def test_tied_weights_stay_so_whatever_their_bits(self, method):
+        space = SearchSpace(pinned={"tied.0": (2, 4), "tied.1": (6, 4)})
+        started = PolicySearcher(Shared(), space, budget=W4A4, epochs=1, method=method).start(self.DATA)
+        tied = started.model.tied
+        before = tied[0].weight.detach().clone()
+        for batch in self.DATA:
+            started.step(*batch)
+        assert tied[1].weight is tied[0].weight
+        assert not torch.equal(tied[0].weight, before)
+        policy = search(Shared(), self.DATA, space, method=method).policy
+        quantized = asga.quantize(Shared(), policy)
+        assert quantized.tied[1].weight is quantized.tied[0].weight
+        assert [layer.weight_quantizer.bits for layer in quantized.tied] == [2, 6]
+
+
+class TestCompare:
+    """A policy of no search, beside uniform ones."""
+
+    def test_all_are_fine_tuned(self, tiny_net, labeled_batches, bits_of):
+        model, batches = tiny_net(), labeled_batches()
+        searcher = PolicySearcher(model, budget=W4A4, lr=0.05)
+        before = bits_of(model.state_dict())
+        policy = searcher.choices.uniform(2, 2)
+        torch.manual_seed(0)
+        found = searcher.compare(policy, batches)
+        assert found.tuned
+        assert "w4a4" in found.pairs
+        assert found.policy.cost_shares["bitops"] < 0.6
+        assert found.policy.loss < nn.functional.cross_entropy(torch.zeros(1, 3), torch.tensor([0]))
+        assert bits_of(model.state_dict()) == before
+        torch.manual_seed(0)
+        assert searcher.compare(policy, batches) == found
+
+    def test_a_uniform_policy_is_itself(self, tiny_net, labeled_batches):
+        space = SearchSpace(weight_bits=(4,), act_bits=(4,))
+        searcher = PolicySearcher(tiny_net(), space, budget=W4A4)
+        found = searcher.compare(searcher.choices.uniform(4, 4), labeled_batches())
+        assert found.verdict == "the uniform pair w4a4 itself"
+
+    def test_a_policy_of_another_model(self, tiny_net, labeled_batches):
+        with pytest.raises(ValueError, match="the policy is for another architecture"):
+            PolicySearcher(tiny_net(), budget=W4A4).compare(Policy({"a": LayerPolicy(4, 4)}), labeled_batches())
 
 
 class TestFormats:
@@ -371,7 +450,7 @@ class TestFormats:
         result = search(tiny_net(), labeled_batches(), space, budget=Budget(size="w6"))
         assert {layer.act_bits for layer in result.policy.values()} == {None}
         assert set(result.gaps()["conv2"]) == {"weight"}
-        assert set(result.uniform.pairs) <= {"w4a32", "wfp4a32"}
+        assert set(result.uniform.pairs) <= {"w4", "wfp4"}
 
     def test_with_perturbed_quantized_weights(self, tiny_net, labeled_batches):
         result = search(tiny_net(), labeled_batches(), self.FLOATS, optimizer_options={"perturb": "quantized"})
@@ -640,11 +719,55 @@ class TestBadInput:
             ({"method": "hawk"}, "method is 'hawk'; it must be one of 'asga'"),
             ({"temperature": (0.2, 1.0)}, "temperature is"),
             ({"temperature": (1.0, 0.0)}, "temperature is"),
+            ({"lr": -1}, "lr is -1; it must be finite and not negative"),
+            ({"lr": math.nan}, "lr is nan"),
+            ({"logit_lr": -0.1}, "logit_lr is -0.1"),
+            ({"weight_decay": math.inf}, "weight_decay is inf"),
+            ({"momentum": 1.0}, "momentum is 1.0; it must be below 1 and not negative"),
+            ({"warmup": -1}, "warmup is -1; it must be at least 0"),
+            ({"measure_batches": 0}, "measure_batches is 0"),
+            ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+            ({"autocast": torch.int8}, r"autocast is torch.int8; it must be torch.bfloat16"),
+            (
+                {"optimizer_options": {"rho_mx": 0.2}},
+                "'rho_mx', which is no option of method 'asga'; did you mean ",
+            ),
+            ({"optimizer_options": {"rho_max": 0.2}, "method": "sgd"}, "'rho_max', which is no option of method 'sgd'"),
+            ({"optimizer_options": {"lr": 0.2}}, "optimizer_options has 'lr', an argument of its own: lr=0.2"),
         ],
     )
     def test_options_out_of_range(self, tiny_net, options, message):
         with pytest.raises(ValueError, match=message):
             PolicySearcher(tiny_net(), **{"budget": W4A4, "epochs": 1, **options})
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"budget": "w4a4"}, r"budget is 'w4a4'; a Budget is needed, such as Budget\(bitops='w4a4'\)"),
+            ({"budget": 1000}, r"budget is 1000; a Budget is needed, such as Budget\(bitops='w4a4'\)"),
+            ({"space": {}}, "space is {}; a SearchSpace"),
+            ({"epochs": 1.5}, "epochs is 1.5; an integer is needed"),
+            ({"epochs": True}, "epochs is True; an integer is needed"),
+            ({"warmup": 0.1}, "warmup is 0.1; an integer is needed"),
+            ({"lr": "0.1"}, "lr is '0.1'; a number is needed"),
+            ({"held_out": "0.1"}, "held_out is '0.1'; a number is needed"),
+            ({"temperature": 1.0}, "temperature is 1.0; a pair is needed"),
+            ({"temperature": ("1", "0.2")}, r"temperature\[0\] is '1'; a number is needed"),
+            ({"autocast": "bfloat16"}, "autocast is 'bfloat16'; a dtype such as torch.bfloat16, or None, is needed"),
+            ({"optimizer_options": [0.2]}, r"optimizer_options is \[0.2\]; a mapping"),
+            ({"latency_table": "times.csv"}, "latency_table is 'times.csv'; a LatencyTable"),
+            ({"folder": 3}, "folder is 3; a path or a RunFolder"),
+            ({"meta": "resnet20"}, "meta is 'resnet20'; a mapping is needed"),
+        ],
+        ids=lambda value: str(value)[:40],
+    )
+    def test_options_of_another_type(self, tiny_net, options, message):
+        with pytest.raises(TypeError, match=message):
+            PolicySearcher(tiny_net(), **{"budget": W4A4, "epochs": 1, **options})
+
+    def test_no_model(self):
+        with pytest.raises(TypeError, match=r"model is 'resnet20'; a torch.nn.Module is needed"):
+            PolicySearcher("resnet20", budget=W4A4)
 
     def test_without_scipy(self, tiny_net, labeled_batches, monkeypatch):
         """Said before the first step, not after the last."""
@@ -714,6 +837,25 @@ class TestResume:
         assert bits_of(result.history) == bits_of(expected.history)
         assert result.uniform == expected.uniform
         assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
+
+    def test_in_a_folder_of_that_name(self, tiny_net, labeled_batches, tmp_path, method):
+        path = tmp_path / "runs" / "one"
+        with pytest.raises(InfeasibleBudgetError):
+            search(tiny_net(), labeled_batches(), budget=Budget(bitops=1000), method=method, folder=str(path))
+        assert not path.exists()
+        options = {"method": method, "folder": str(path), "checkpoint_every": 2}
+
+        def stop(state) -> None:
+            if state.step == 4:
+                _interrupt()
+
+        with pytest.raises(KeyboardInterrupt):
+            search(tiny_net(), labeled_batches(), progress=stop, **options)
+        steps = []
+        search(tiny_net(), labeled_batches(), progress=steps.append, **options)
+        assert [state.step for state in steps] == [5, 6]
+        with pytest.raises(RunExistsError, match="holds a run with other options"):
+            RunFolder(path, "transfer", {}, resume=True)
 
     @pytest.mark.parametrize(
         ("options", "message"),

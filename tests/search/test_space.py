@@ -97,6 +97,7 @@ class TestSearchSpace:
             ({"first_last": (8, "fp8")}, r"first_last\[1\] is 'fp8'; an integer"),
             ({"first_last": (8, 8, 8)}, r"first_last is \(8, 8, 8\); an integer or a pair"),
             ({"pinned": {"a.*": "8"}}, r"pinned\['a\.\*'\] is '8'; an integer or a pair"),
+            ({"pinned": ["a"]}, r"pinned is \['a'\]; bits by pattern are needed"),
             ({"exclude": "head"}, "exclude is 'head'; a sequence of name patterns"),
             ({"exclude": (3,)}, r"exclude is \(3,\); a sequence of name patterns"),
         ],
