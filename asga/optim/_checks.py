@@ -2,11 +2,14 @@
 
 import inspect
 import math
+import numbers
 import warnings
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+
+from asga._checks import check_number
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -33,20 +36,20 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_radius(rho_min: float, rho_max: float, radius: str) -> None:
     """Bounds of the radius; which is larger counts only where the radius moves."""
-    if not 0 < rho_max < math.inf:
-        raise ValueError(f"rho_max is {rho_max}; it must be positive and finite")
-    if not 0 < rho_min < math.inf:
-        raise ValueError(f"rho_min is {rho_min}; it must be positive and finite")
+    check_number("rho_max", rho_max)
+    check_number("rho_min", rho_min)
+    for name, value in {"rho_max": rho_max, "rho_min": rho_min}.items():
+        if value == 0:
+            raise ValueError(f"{name} is {value}; it must be positive and finite")
     if radius != "constant" and rho_min > rho_max:
         raise ValueError(f"rho_min is {rho_min}; it must be at most rho_max = {rho_max}")
 
 
 def check_alpha(alpha: float, variant: str, alpha_mode: str) -> None:
     """The range of alpha depends on what the variant uses it for."""
+    check_number("alpha", alpha)
     if variant == "sam" and alpha != 0:
         raise ValueError(f"alpha is {alpha}, but variant 'sam' has none; leave it out or choose another variant")
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha is {alpha}; it must be finite and not negative")
     if variant in ("aligned", "conflict") and alpha_mode == "relative" and alpha >= 1:
         raise ValueError(f"alpha is {alpha}; as a share of the ascent step (alpha_mode 'relative') it is below 1")
 
@@ -85,6 +88,20 @@ def check_maximize(group: dict[str, object]) -> None:
         raise ValueError("maximize is True in a parameter group; negate the loss instead")
 
 
+def check_memory(groups: list[dict[str, object]]) -> None:
+    """Every value in a place of its own: where two share one, the backup of one holds the perturbation of the other."""
+    found: dict[int, str] = {}
+    for group in groups:
+        for index, param in enumerate(group["params"]):
+            if type(param) not in (Tensor, torch.nn.Parameter) or param.numel() == 0 or param.device.type == "meta":
+                continue
+            name = describe(group, index)
+            if any(n > 1 and stride == 0 for n, stride in zip(param.shape, param.stride(), strict=True)):
+                raise ValueError(f"{name} has several values in one place of its memory (it is expanded): clone it")
+            if (other := found.setdefault(param.data_ptr(), name)) is not name:
+                raise ValueError(f"{other} and {name} share their memory: make them one parameter, or clone one")
+
+
 def check_dense(tensor: Tensor, what: str, group: dict[str, object], index: int) -> None:
     """Strided and of a dtype that the sweeps can read; `what` goes before the name of the parameter."""
     if tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
@@ -96,7 +113,7 @@ def check_dense(tensor: Tensor, what: str, group: dict[str, object], index: int)
 
 def check_loss(name: str, loss: Tensor | float) -> None:
     """One real value, as a tensor or a Python number."""
-    if isinstance(loss, bool) or not isinstance(loss, (Tensor, float, int)):
+    if isinstance(loss, bool) or not isinstance(loss, (Tensor, numbers.Real)):
         raise TypeError(f"{name} is {loss!r}; a tensor with one value or a number is needed")
     if isinstance(loss, Tensor) and (loss.numel() != 1 or loss.is_complex()):
         raise ValueError(f"{name} has shape {tuple(loss.shape)} and dtype {loss.dtype}; one real value is needed")

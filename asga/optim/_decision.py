@@ -35,8 +35,8 @@ def climb(
     """
     rho, scale = radius.rho.clone(), grad_scale(scaler, radius.rho.device)
     q0 = sweeps.ascent_norm(lists, options.adaptive, rho.device)
-    behind = None if quantized is None else quantized.norm(ranks)
-    q0 = q0 if behind is None else q0 + behind.to(q0.device)
+    if quantized is not None:
+        q0 = q0 + quantized.norm(ranks).to(q0.device)
     relative = options.alpha_mode == "relative"
     step = torch.ops.asga.sam_ascent_step.default(q0, rho, scale, options.shift, relative)
     # Without a use for g0 in pass 2, neither is it kept.
@@ -70,7 +70,7 @@ def decide(
     q0, step, losses = pending.q0, pending.step, pending.losses
     # The norm leaves out what is not perturbed; where g0 is used, only the products see that it is not finite.
     blind = options.combines and any(one.group["rho_scale"] == 0 for one in lists)
-    needed = options.needs_products or blind or (radius.follows_gap and losses.numel() < 2)
+    needed = options.needs_products or blind or losses.numel() < 2
     dots = None
     if needed or options.products != "none":
         full = pending.first_grads is not None and (needed or options.products == "all")

@@ -4,13 +4,14 @@ Of a sharded tensor (DTensor) the lists hold the local shard; sums over them are
 the sharded dimensions, which are part of what is kept apart.
 """
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from asga.optim._checks import check_dense, check_rho_scale
+from asga.optim._checks import check_dense, check_maximize, check_rho_scale
 
 
 @dataclass
@@ -59,21 +60,23 @@ def collect(
     Raises:
         RuntimeError: No parameter has a gradient.
         TypeError: A gradient is sparse or complex.
-        ValueError: `rho_scale` of a group has been set to something out of range.
+        ValueError: `rho_scale` or `maximize` of a group has been set to something out of range.
     """
     found: dict[tuple[object, ...], Lists] = {}
     any_gradient = False
     for number, group in enumerate(groups):
         check_rho_scale(group)
+        check_maximize(group)
         for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
             any_gradient = True
+            held = may_keep and held_elsewhere(param)
             check_dense(param.grad, "the gradient of ", group, index)
             values, grad, shards = local_tensors(param)
             if values.numel() == 0 and not shards:
                 continue
-            owned = may_keep and is_unaliased(grad)
+            owned = may_keep and not held and is_unaliased(grad)
             key = (values.device, values.dtype, grad.dtype, shards, owned, number if apart else None)
             lists = found.get(key)
             if lists is None:
@@ -105,8 +108,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def held_elsewhere(param: Tensor) -> bool:
+    """Whether more than the parameter holds its gradient: whoever else does may write into it."""
+    return any(now > alone for now, alone in zip(_references(param), _ONLY_REFERENCES, strict=True))
+
+
 def is_unaliased(grad: Tensor) -> bool:
-    """Whether nothing else can write into a gradient once `.grad` is taken away.
+    """Whether the memory of a gradient is its own, so that no other tensor can write into it.
 
     Not so for views: DDP (`gradient_as_bucket_view`) and FSDP write the next gradients into the same memory.
     """
@@ -122,6 +130,17 @@ def _holders(storage: torch.UntypedStorage) -> int | None:
     count = getattr(torch._C, "_storage_Use_Count", None)
     return None if count is None else count(storage._cdata)
 
+
+def _references(param: Tensor) -> tuple[int, int]:
+    """How many names in Python and how many places in C++ hold the gradient of a parameter."""
+    grad = param.grad
+    return sys.getrefcount(grad), grad._use_count()
+
+
+# Of a gradient that only the parameter holds.
+_PARAM = torch.nn.Parameter(torch.empty(1))
+_PARAM.grad = torch.empty(1)
+_ONLY_REFERENCES = _references(_PARAM)
 
 # Of a tensor that is surely alone.
 _ALONE = torch.empty(1)

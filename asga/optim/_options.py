@@ -1,8 +1,8 @@
 """What can be chosen about a step, and what is allowed."""
 
-import math
 from dataclasses import dataclass
 
+from asga._checks import check_number
 from asga.ops.sam_library import VARIANTS
 from asga.optim._checks import check_alpha, check_choice
 
@@ -34,8 +34,10 @@ class Options:
         if self.alpha is None:
             object.__setattr__(self, "alpha", _DEFAULT_ALPHA[self.variant])
         check_alpha(self.alpha, self.variant, self.alpha_mode)
-        if self.max_norm is not None and not 0 < self.max_norm < math.inf:
-            raise ValueError(f"max_norm is {self.max_norm}; it must be positive and finite, or None")
+        if self.max_norm is not None:
+            check_number("max_norm", self.max_norm)
+            if self.max_norm == 0:
+                raise ValueError("max_norm is 0.0; it must be positive and finite, or None")
 
     @property
     def variant_number(self) -> int:

@@ -131,6 +131,8 @@ def write_loss(loss: Tensor | float, place: Tensor) -> None:
         ValueError: It has more than one value.
     """
     check_loss("loss", loss)
+    if hasattr(loss, "full_tensor"):
+        loss = loss.full_tensor()
     if isinstance(loss, Tensor):
         place.copy_(loss.detach().reshape(1))
     else:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 
 def grad_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
@@ -24,6 +25,23 @@ class Witness:
     def __init__(self, device: torch.device) -> None:
         self._value = torch.nn.Parameter(torch.zeros(1, device=device))
         self._optimizer = torch.optim.SGD([self._value])
+
+    def check_ready(self, scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a step for which the scaler is not ready.
+
+        Raises:
+            RuntimeError: It has not been updated since the step before, or has divided the gradients already.
+        """
+        if scaler is None or not scaler.is_enabled():
+            return
+        if id(self._optimizer) in scaler._per_optimizer_states:
+            raise RuntimeError("scaler.update() has not been called since the last step")
+        state = scaler._per_optimizer_states.get(id(optimizer))
+        if state is not None and state["stage"] is OptState.UNSCALED:
+            raise RuntimeError(
+                "scaler.unscale_() has been called on this optimizer, which divides by the factor itself: leave it out "
+                "(max_norm clips)"
+            )
 
     def report(self, scaler: torch.amp.GradScaler, valid: Tensor) -> None:
         """Have the scaler find an infinity unless `valid`, a 0-dim bool that the host does not read."""

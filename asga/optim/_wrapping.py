@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from asga.optim._checks import Shapes, check_group, check_maximize, check_same_options, check_same_shapes
+from asga.optim._checks import Shapes, check_group, check_maximize, check_memory, check_same_options, check_same_shapes
 from asga.optim._pending import Pending
 
 
@@ -58,7 +58,13 @@ class WrappingOptimizer(Optimizer, abc.ABC):
         own = state_dict.pop("asga", None)
         missing = {"shapes", *self._own_state()} - set(own or ())
         if missing:
-            raise ValueError(f"state_dict is not from an ASGA optimizer: its entry 'asga' lacks {sorted(missing)}")
+            raise ValueError(
+                f"state_dict is not from an ASGA optimizer, or from one with another rule of the radius: its entry "
+                f"'asga' lacks {sorted(missing)}"
+            )
+        for name in self._own_state():
+            if not torch.as_tensor(own[name]).isfinite().all():
+                raise ValueError(f"state_dict holds {name} = {own[name]} in its entry 'asga'; it must be finite")
         if missing := {"state", "param_groups"} - set(state_dict):
             raise ValueError(f"state_dict lacks {sorted(missing)} of the base optimizer")
         check_same_shapes([tuple(map(tuple, group)) for group in own["shapes"]], self._shapes())
@@ -73,12 +79,13 @@ class WrappingOptimizer(Optimizer, abc.ABC):
         Raises:
             RuntimeError: Called between `first_step` and `second_step`.
             TypeError: A parameter is sparse or complex.
-            ValueError: `rho_scale` is negative or not finite, or the group sets `maximize`.
+            ValueError: `rho_scale` is negative or not finite, the group sets `maximize`, or parameters share memory.
         """
         self._refuse_between_passes("add_param_group()")
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1])
+            check_memory(self.param_groups)
             if "base_optimizer" in vars(self):
                 self._check_base()
         except Exception:

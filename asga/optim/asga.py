@@ -1,6 +1,6 @@
 """The ASGA optimizer: two passes over a batch, one step of any base optimizer with an aligned gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from asga.optim._ranks import Ranks
 from asga.optim._report import LastStep
 from asga.optim._scaling import Witness
 from asga.optim._wrapping import WrappingOptimizer
-from asga.optim.batchnorm import save_running_statistics
+from asga.optim.batchnorm import restore_running_statistics, save_running_statistics
 from asga.optim.radius import RULES, Radius
 
 
@@ -134,6 +134,8 @@ class ASGA(WrappingOptimizer):
         Yu et al., NeurIPS 2020, applied to g0 alone.
     """
 
+    _in_step = False  # whether `step` is running
+
     def __init__(
         self,
         params: ParamsT,
@@ -173,6 +175,8 @@ class ASGA(WrappingOptimizer):
         if device is None:
             raise ValueError("params holds no parameter: every group is empty")
         lr = self.param_groups[0].get("lr", 1.0)
+        if radius == "proportional" and lr == 0:
+            raise ValueError(f"lr is {lr}; a radius proportional to it needs another start")
         self._radius = Radius(rho_min, rho_max, rule=radius, device=device, lr=lr)
         self._ranks, self._witness, self._memory = Ranks(process_group), Witness(device), Memory()
         self._last = LastStep.none(device)
@@ -203,6 +207,7 @@ class ASGA(WrappingOptimizer):
         """Why the base optimizer makes its step by itself; None if its update is part of the last sweep."""
         return "fused is False" if self.fused is False else reason_not_to_fuse(self.base_optimizer)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor | float:
         """Make one step from a closure that is called twice.
@@ -227,16 +232,26 @@ class ASGA(WrappingOptimizer):
         self._refuse_between_passes("step()")
         closure = torch.enable_grad()(closure)
         before = None if self.model is None else save_running_statistics(self.model)
-        first_loss = _call(closure)
+        # torch runs the hooks of a step around this method: those that it calls leave them out.
+        self._in_step = True
         try:
-            self.first_step(first_loss)
+            try:
+                first_loss = _call(closure)
+                self.first_step(first_loss)
+            except BaseException:
+                if before is not None:
+                    restore_running_statistics(self.model, before)
+                raise
             self._pending.statistics_before = before
             self.second_step(_call(closure), zero_grad=False)
         except BaseException:
             self.restore()
             raise
+        finally:
+            self._in_step = False
         return first_loss
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def first_step(self, loss: Tensor | float | None = None, *, zero_grad: bool = True) -> None:
         """Keep the gradients as g0, back the weights up and perturb them; call it after the first backward.
@@ -253,6 +268,9 @@ class ASGA(WrappingOptimizer):
             ValueError: The loss has more than one value, or `local_ascent` meets sharded parameters.
         """
         self._refuse_between_passes("first_step()")
+        self._check_base()
+        self._witness.check_ready(self.scaler, self)
+        self._run_hooks(self._optimizer_step_pre_hooks)
         losses = self.rho.new_empty(1 if loss is None else 2)
         if loss is not None:
             write_loss(loss, losses[:1])
@@ -271,10 +289,13 @@ class ASGA(WrappingOptimizer):
                 self._quantized.perturb(pending.step)
             if zero_grad:
                 self.zero_grad()
+            # Copies in low precision that an autocast around both passes has made of the weights as they were.
+            torch.clear_autocast_cache()
         except BaseException:
             self.restore()
             raise
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def second_step(self, loss: Tensor | float | None = None, *, zero_grad: bool = True) -> None:
         """Restore the weights and step the base optimizer; call it after the second backward.
@@ -293,6 +314,8 @@ class ASGA(WrappingOptimizer):
             raise RuntimeError("second_step() without first_step(): there is nothing to restore")
         try:
             pending.add_loss(loss)
+            if self._quantized is not None:
+                self._quantized.check_perturbed()
             lists = collect(self.param_groups, apart=True, still=self._still)
             backups = pending.old_weights()
             if self.options.local_ascent:
@@ -323,7 +346,9 @@ class ASGA(WrappingOptimizer):
             self.zero_grad()
         # What a scheduler looks at to tell that steps come before it; it only wraps `step` itself.
         self._opt_called = True
+        self._run_hooks(self._optimizer_step_post_hooks)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
         """Abandon a step between its passes: the weights get their old bits back. Otherwise does nothing.
@@ -380,8 +405,15 @@ class ASGA(WrappingOptimizer):
     def _finish(self) -> None:
         """The step is over."""
         self._pending = None
+        torch.clear_autocast_cache()
         if self._quantized is not None:
             self._quantized.restore()
+
+    def _run_hooks(self, hooks: Mapping[int, Callable[..., object]]) -> None:
+        """The hooks of a step that is written out: before its first part, or after its second."""
+        if not self._in_step:
+            for hook in hooks.values():
+                hook(self, (), {})
 
     @property
     def _rules(self) -> tuple[Options, Radius, Ranks, QuantizedWeights | None]:

@@ -96,7 +96,9 @@ def test_mixed_fake_quant(x):
     )
 
 
-@pytest.mark.skipif(_available_memory() < NEEDED_BY_A_STEP, reason=f"needs {NEEDED_BY_A_STEP / 2**30:.0f} GiB of memory")
+@pytest.mark.skipif(
+    _available_memory() < NEEDED_BY_A_STEP, reason=f"needs {NEEDED_BY_A_STEP / 2**30:.0f} GiB of memory"
+)
 def test_sam(x):
     """A step of GSAM and SGD; the input is both gradients."""
     small = _at_places(x)

@@ -93,6 +93,76 @@ class TestProtocols:
         assert [p.grad.data_ptr() for p in problem.params] == pointers
         assert same_bits(problem.params, twin.params)
 
+    @pytest.mark.parametrize("protocol", ["closure", "two calls"])
+    def test_one_autocast_around_both_passes_sees_the_perturbed_weights(self, make_problem, same_bits, protocol):
+        """Within it, autocast keeps copies of the weights in low precision."""
+        one, two = make_problem(), make_problem()
+        options = {"lr": 0.1, "radius": "constant", "rho_max": 1.0, "variant": "sam"}
+        around, inside = ASGA(one.params, **options), ASGA(two.params, **options)
+
+        def cast():
+            return torch.autocast("cpu", torch.bfloat16)
+
+        def step_inside():
+            inside.zero_grad()
+            with cast():
+                loss = two.loss()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            with cast():
+                if protocol == "closure":
+                    around.step(one.closure(around))
+                else:
+                    two_passes(one, around)
+                    assert torch.equal(one.loss(), one.loss())
+            inside.step(step_inside)
+        assert same_bits(one.params, two.params)
+        assert around.diagnostics()["h"] > 0.1
+
+    @pytest.mark.parametrize("protocol", ["closure", "two calls"])
+    def test_a_compiled_training_step_is_the_same(self, make_problem, same_bits, protocol):
+        """The optimizer itself is left out of the graph."""
+        one, two = make_problem(), make_problem()
+        compiled, plain = ASGA(one.params, lr=0.1), ASGA(two.params, lr=0.1)
+        if protocol == "closure":
+            step = torch.compile(lambda: compiled.step(one.closure(compiled)), backend="eager")
+        else:
+            step = torch.compile(lambda: two_passes(one, compiled), backend="eager")
+        for _ in range(2):
+            step()
+            plain.step(two.closure(plain))
+        assert same_bits(one.params, two.params)
+
+    @pytest.mark.parametrize("protocol", ["closure", "two calls"])
+    def test_hooks_are_called_once_a_step(self, problem, protocol):
+        """Before its first part and after its second, with the weights where they belong."""
+        optimizer, called = ASGA(problem.params, lr=0.1), []
+        optimizer.register_step_pre_hook(lambda *args: called.append(("before", problem.weights())))
+        optimizer.register_step_post_hook(lambda *args: called.append(("after", problem.weights())))
+        start = problem.weights()
+        if protocol == "closure":
+            optimizer.step(problem.closure(optimizer))
+        else:
+            two_passes(problem, optimizer)
+        assert [name for name, _ in called] == ["before", "after"]
+        assert all(torch.equal(a, b) for a, b in zip(called[0][1], start, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(called[1][1], problem.params, strict=True))
+
+    def test_a_graph_of_pass_1_cannot_be_used_after_the_weights_have_moved(self, problem):
+        """Torch would give it gradients at a mix of old and new weights, but for their version."""
+        optimizer = ASGA(problem.params, lr=0.1)
+        for take in (optimizer.first_step, optimizer.second_step):
+            old = problem.loss()
+            problem.loss().backward()
+            take()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                old.backward()
+            optimizer.zero_grad()
+            if take == optimizer.first_step:
+                problem.loss().backward()
+
 
 class TestRestore:
     def test_lr_zero_leaves_every_bit_through_missing_nan_and_inf_gradients(self, make_problem, same_bits):
@@ -220,6 +290,22 @@ class TestRestore:
         torch.testing.assert_close(dict(problem.model.named_buffers()), dict(twin.model.named_buffers()))
         optimizer.step(closure)
         assert not same_bits(problem.params, before)
+
+    @pytest.mark.parametrize("fault", ["an exception", "no loss"])
+    def test_a_pass_1_that_fails_leaves_weights_and_statistics(self, make_problem, same_bits, fault):
+        problem = make_problem(batchnorm=True)
+        optimizer = ASGA(problem.params, lr=0.1, model=problem.model)
+        before = copy.deepcopy(problem.model.state_dict())
+
+        def closure():
+            problem.loss().backward()
+            if fault == "an exception":
+                raise RuntimeError("no data")
+
+        with pytest.raises((RuntimeError, TypeError)):
+            optimizer.step(closure)
+        torch.testing.assert_close(problem.model.state_dict(), before, rtol=0, atol=0)
+        optimizer.step(problem.closure(optimizer))
 
     def test_exception_while_perturbing_restores_what_has_moved(self, problem, same_bits, monkeypatch):
         """Two sweeps, one for each dtype; an interrupt comes right before, or right after, the second."""
@@ -543,6 +629,21 @@ class TestStateDict:
         for name, part in continued.items():
             torch.testing.assert_close(part.state_dict(), uninterrupted[name].state_dict(), rtol=0, atol=0)
         assert continued["optimizer"].diagnostics()["skipped"] == 2
+
+    def test_weights_that_move_to_another_dtype_get_room_of_that_dtype(self, make_problem, same_bits):
+        """Backups and momentum of before are of no use."""
+        one, two = make_problem(), make_problem()
+        optimizer = ASGA(one.params, lr=0.1)
+        optimizer.step(one.closure(optimizer))
+        two.model.load_state_dict(one.model.state_dict())
+        for problem in (one, two):
+            problem.model.double()
+            problem.x, problem.y = problem.x.double(), problem.y.double()
+        fresh = ASGA(two.params, lr=0.1)
+        fresh.rho.copy_(optimizer.rho)
+        for problem, other in ((one, optimizer), (two, fresh)):
+            other.step(problem.closure(other))
+        assert same_bits(one.params, two.params)
 
     @pytest.mark.parametrize(
         ("options", "expected"),

@@ -37,6 +37,7 @@ BAD_OPTIONS = [
     ({"max_norm": math.nan}, "max_norm is nan"),
     ({"maximize": True}, "maximize is True"),
     ({"lr": -1.0}, "learning rate"),
+    ({"lr": 0.0, "radius": "proportional"}, "lr is 0.0; a radius proportional to it"),
 ]
 
 
@@ -48,6 +49,29 @@ def test_option_out_of_range(options, message):
 
 def test_constant_radius_below_the_default_rho_min_is_fine():
     assert ASGA([parameter(2)], radius="constant", rho_max=0.001).rho == 0.001
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rho_max", "0.5"), ("rho_max", True), ("rho_min", None), ("alpha", "a"), ("max_norm", [1.0])]
+)
+def test_option_of_another_type(name, value):
+    with pytest.raises(TypeError, match=f"{name} is .*; a number is needed"):
+        ASGA([parameter(2)], **{name: value})
+
+
+def test_values_that_share_their_place_are_refused():
+    """The backup of one would hold the perturbation of the other."""
+    first = parameter(3)
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \(3,\) and parameter 1 .* share their memory"):
+        ASGA([first, nn.Parameter(first.data)])
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \(5,\) has several values in one place"):
+        ASGA([nn.Parameter(torch.ones(1).expand(5))])
+    optimizer = ASGA([first])
+    with pytest.raises(ValueError, match="share their memory"):
+        optimizer.add_param_group({"params": [nn.Parameter(first.data)]})
+    assert len(optimizer.param_groups) == 1
+    whole = torch.ones(6)
+    ASGA([nn.Parameter(whole[:2]), nn.Parameter(whole[2:]), parameter(0), parameter(0)])
 
 
 @pytest.mark.parametrize("params", [[], [{"params": []}]], ids=["no parameters", "an empty group"])
@@ -242,6 +266,12 @@ def _without(problem, *path):
     return saved
 
 
+def _with(problem, value, *path):
+    saved = ASGA(problem.params, momentum=0.9).state_dict()
+    saved[path[0]][path[1]] = torch.tensor(value)
+    return saved
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -250,9 +280,10 @@ def _without(problem, *path):
         (_with_base(torch.optim.RMSprop), "state_dict lacks dampening, .*nesterov in parameter group 0"),
         (lambda p: _without(p, "state"), r"state_dict lacks \['state'\]"),
         (lambda p: _without(p, "asga", "rho"), r"its entry 'asga' lacks \['rho'\]"),
+        (lambda p: _with(p, math.nan, "asga", "rho"), "rho = nan in its entry 'asga'; it must be finite"),
         (lambda p: _without(p, "param_groups", 0, "momentum"), "state_dict lacks momentum in parameter group 0"),
     ],
-    ids=["SGD of torch", "AdamW inside", "RMSprop inside", "no state", "no radius", "an option is missing"],
+    ids=["SGD of torch", "AdamW inside", "RMSprop inside", "no state", "no radius", "a bad radius", "no momentum"],
 )
 def test_state_dict_of_another_optimizer(problem, same_bits, make, message):
     """Nothing changes, and the optimizer still steps."""
@@ -265,15 +296,15 @@ def test_state_dict_of_another_optimizer(problem, same_bits, make, message):
     optimizer.step(problem.closure(optimizer))
 
 
-@pytest.mark.parametrize("rho_scale", [-1.0, math.nan])
-def test_rho_scale_that_is_set_out_of_range_later(problem, same_bits, rho_scale):
+@pytest.mark.parametrize(("name", "value"), [("rho_scale", -1.0), ("rho_scale", math.nan), ("maximize", True)])
+def test_option_of_a_group_that_is_set_out_of_range_later(problem, same_bits, name, value):
     """Groups are open to their owner; nothing has been perturbed when a step finds out."""
     optimizer = ASGA(problem.params, lr=0.1)
-    before = problem.weights()
-    optimizer.param_groups[0]["rho_scale"] = rho_scale
-    with pytest.raises(ValueError, match=f"rho_scale is {rho_scale} in a parameter group"):
+    before, good = problem.weights(), optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name} is {value} in a parameter group"):
         optimizer.step(problem.closure(optimizer))
     assert same_bits(problem.params, before)
-    optimizer.param_groups[0]["rho_scale"] = 1.0
+    optimizer.param_groups[0][name] = good
     optimizer.step(problem.closure(optimizer))
     assert not same_bits(problem.params, before)

@@ -182,6 +182,16 @@ class TestChoice:
             optimizer.add_param_group({"params": problem.params[2:], "dampening": 0.5})
         assert len(optimizer.base_optimizer.param_groups) == 1
 
+    def test_what_cannot_be_fused_any_more_is_refused_before_the_step(self, problem, same_bits):
+        optimizer, before = ASGA(problem.params, lr=0.1, fused=True), problem.weights()
+        handle = optimizer.base_optimizer.register_step_post_hook(lambda *args: None)
+        with pytest.raises(ValueError, match="fused is True, but the base optimizer has hooks"):
+            optimizer.step(problem.closure(optimizer))
+        assert same_bits(problem.params, before)
+        handle.remove()
+        optimizer.step(problem.closure(optimizer))
+        assert not same_bits(problem.params, before)
+
     def test_hooks_of_the_base_optimizer_are_called(self, problem):
         optimizer, called = ASGA(problem.params, lr=0.1), []
         optimizer.base_optimizer.register_step_post_hook(lambda *args: called.append(args))
@@ -209,18 +219,36 @@ class TestMemory:
     def test_a_gradient_of_its_own_is_kept_without_a_copy(self, problem):
         optimizer = ASGA(problem.params, lr=0.1)
         problem.loss().backward()
-        grads = [p.grad for p in problem.params]
+        grads = [p.grad.data_ptr() for p in problem.params]
         optimizer.first_step()
-        assert all(kept is grad for kept, grad in zip(optimizer._pending.first_grads.values(), grads, strict=True))
+        assert [kept.data_ptr() for kept in optimizer._pending.first_grads.values()] == grads
         assert not optimizer._memory.first_grads
 
-    @pytest.mark.parametrize("kind", ["a view of a bucket", "a bucket of one", "kept on request"])
+    def test_a_gradient_that_is_written_again_in_pass_2_is_that_of_pass_1_no_more(self, make_problem, same_bits):
+        """Gradients in static memory, as graphs and flat buffers have them."""
+        one, two = make_problem(), make_problem()
+        optimizer, plain = ASGA(one.params, lr=0.1), ASGA(two.params, lr=0.1)
+        static = [torch.zeros_like(p) for p in one.params]
+        for _ in range(3):
+            for take in (optimizer.first_step, optimizer.second_step):
+                loss = one.loss()
+                for p, place, grad in zip(one.params, static, torch.autograd.grad(loss, one.params), strict=True):
+                    p.grad = place.copy_(grad)
+                take(loss)
+            plain.step(two.closure(plain))
+        assert same_bits(one.params, two.params)
+        assert optimizer.diagnostics() == plain.diagnostics()
+
+    @pytest.mark.parametrize("kind", ["a view of a bucket", "a bucket of one", "kept on request", "held by its owner"])
     def test_a_gradient_that_something_else_can_write_is_copied(self, problem, kind):
         optimizer = ASGA(problem.params, lr=0.1)
         problem.loss().backward()
         sizes = [p.numel() for p in problem.params]
         buckets = [torch.zeros(sum(sizes))] if kind == "a view of a bucket" else [torch.zeros(n) for n in sizes]
-        if kind != "kept on request":
+        if kind == "held by its owner":
+            # The very tensor, that somebody writes the next gradient into.
+            buckets = [p.grad for p in problem.params]
+        elif kind != "kept on request":
             places = buckets[0].split(sizes) if len(buckets) == 1 else buckets
             for p, place in zip(problem.params, places, strict=True):
                 # As DDP does it: without autograd's knowledge of the view.
@@ -267,6 +295,17 @@ class TestProducts:
                 other.step(two.closure(other))
             assert same_bits(one.params, two.params)
             assert optimizer.diagnostics() == other.diagnostics()
+
+    @pytest.mark.parametrize("radius", ["adaptive", "constant", "proportional"])
+    def test_a_step_without_losses_computes_them_for_its_guard(self, problem, same_bits, radius):
+        optimizer, before = ASGA(problem.params, lr=0.1, products="none", radius=radius), problem.weights()
+        for number, take in enumerate((optimizer.first_step, optimizer.second_step)):
+            problem.loss().backward()
+            if number == 1:
+                problem.params[0].grad[0, 0] = math.nan
+            take()
+        assert same_bits(problem.params, before)
+        assert optimizer.last_skipped
 
     def test_a_step_without_losses_has_its_gap_from_them(self, make_problem):
         problem = make_problem()

@@ -110,7 +110,7 @@ def test_a_step_reads_no_value_and_copies_none_between_devices(recorded, case):
 
 
 def test_parameters_on_several_devices(run_python):
-    """Every operator over lists once a device, scalars brought together on that of the first parameter, no value read."""
+    """Every operator over lists once a device, scalars on that of the first parameter, no value read."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch has no devices without a backend in C++")
     cases = [{"others": ["cpu"], "variant": "gsam", "momentum": 0.9}, {"others": ["cpu"], "base": "AdamW"}]

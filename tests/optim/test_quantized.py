@@ -1,10 +1,12 @@
 """perturb="quantized": the perturbation is added behind the quantizers."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from asga.nn import QuantLinear
 from asga.optim import ASGA
@@ -119,3 +121,72 @@ def test_what_it_needs():
         ASGA(plain.parameters(), perturb="quantized", model=plain, adaptive=True)
     with pytest.raises(ValueError, match="perturb is 'both'"):
         ASGA(plain.parameters(), perturb="both")
+
+
+def test_a_model_that_was_compiled_before_is_refused(layer, batch):
+    """Its graph has no hooks: nothing would be perturbed."""
+    before = layer.weight.detach().clone()
+    compiled = torch.compile(layer, backend="eager")
+    compiled(batch[0]).sum().backward()
+    optimizer = optimizer_of(layer)
+    optimizer.zero_grad()
+    loss = (compiled(batch[0]) - batch[1]).square().mean()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="no quantized weight got a gradient in pass 1: the model must run in eager"):
+        optimizer.first_step(loss)
+    assert torch.equal(layer.weight.detach(), before)
+
+
+def test_a_pass_2_without_the_perturbation_is_refused(layer, batch):
+    before, optimizer = layer.weight.detach().clone(), optimizer_of(layer)
+    loss = (layer(batch[0]) - batch[1]).square().mean()
+    loss.backward()
+    optimizer.first_step(loss)
+    (batch[0] @ layer.weight.t()).sum().backward()
+    with pytest.raises(RuntimeError, match="pass 2 ran without any perturbation"):
+        optimizer.second_step()
+    assert torch.equal(layer.weight.detach(), before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations_change_nothing(layer, batch, reentrant):
+    """Reentrant checkpointing computes the loss without gradients, and everything once more for them."""
+    twin, reports = copy.deepcopy(layer), []
+    for one, wrap in ((layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)), (twin, twin)):
+        optimizer = optimizer_of(one)
+        for part in (optimizer.first_step, optimizer.second_step):
+            loss = (wrap(batch[0].clone().requires_grad_()) - batch[1]).square().mean()
+            loss.backward()
+            part(loss)
+        reports.append(optimizer.diagnostics())
+    assert reports[0] == pytest.approx(reports[1], rel=1e-6)
+    assert reports[0]["h"] > 0.01
+    assert torch.equal(layer.weight, twin.weight)
+
+
+def test_copies_of_the_model_have_no_part_in_a_step(layer, batch):
+    """As for an average of the weights."""
+    optimizer = optimizer_of(layer)
+    average = torch.optim.swa_utils.AveragedModel(layer)
+    quiet = average.module(batch[0]).detach()
+    loss = (layer(batch[0]) - batch[1]).square().mean()
+    loss.backward()
+    optimizer.first_step(loss)
+    assert torch.equal(average.module(batch[0]), quiet)
+    loss = (layer(batch[0]) - batch[1]).square().mean()
+    loss.backward()
+    optimizer.second_step(loss)
+    average.update_parameters(layer)
+    assert torch.equal(average.module.weight, layer.weight)
+
+
+def test_an_infinity_in_pass_1_leaves_pass_2_finite(layer, batch):
+    optimizer, before, losses = optimizer_of(layer), layer.weight.detach().clone(), []
+    for number, part in enumerate((optimizer.first_step, optimizer.second_step)):
+        loss = (layer(batch[0]) - batch[1]).square().mean()
+        losses.append(loss.item())
+        (loss * (math.inf if number == 0 else 1.0)).backward()
+        part(loss)
+    assert losses[0] == losses[1]
+    assert optimizer.last_skipped
+    assert torch.equal(layer.weight, before)

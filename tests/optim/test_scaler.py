@@ -76,14 +76,31 @@ def test_an_overflow_in_either_pass_skips_the_step_and_lowers_the_factor(problem
     assert optimizer.diagnostics()["skipped"] == 1
 
 
-def test_a_forgotten_update_is_an_error(problem):
+def test_a_forgotten_update_is_an_error(problem, same_bits):
     factor = scaler()
     optimizer = ASGA(problem.params, lr=0.1, scaler=factor)
     step(problem, optimizer, factor)
     closure = problem.closure(optimizer)
     optimizer.step(closure)
-    with pytest.raises(RuntimeError, match="since the last update"):
+    before = problem.weights()
+    with pytest.raises(RuntimeError, match=r"scaler.update\(\) has not been called"):
         optimizer.step(closure)
+    assert same_bits(problem.params, before)
+
+
+def test_gradients_that_were_divided_already_are_refused(problem, same_bits):
+    """The usual recipe for clipping would divide by the factor twice."""
+    factor, before = scaler(), problem.weights()
+    optimizer = ASGA(problem.params, lr=0.1, scaler=factor)
+    factor.scale(problem.loss()).backward()
+    factor.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) has been called"):
+        optimizer.first_step()
+    assert same_bits(problem.params, before)
+    factor.update()
+    optimizer.zero_grad()
+    step(problem, optimizer, factor)
+    assert not same_bits(problem.params, before)
 
 
 def test_a_disabled_scaler_does_nothing(make_problem, same_bits):
