@@ -1,5 +1,7 @@
 """The package from outside: what importing it costs, what is built, and that what is built works elsewhere."""
 
+import importlib.util
+import json
 import os
 import re
 import runpy
@@ -168,6 +170,22 @@ class TestDistributions:
         assert values == f"cpu {SMOKE_VALUES}"
         assert (Path(where).parent / "kernels" / "fake_quant.py").is_file()
         assert (python.parent / "asga").is_file()  # the command
+        self.check_benchmarks(python, run_python, tmp_path)
+
+    @staticmethod
+    def check_benchmarks(python: Path, run_python, folder: Path) -> None:
+        """They run from the package that is installed, without the repository."""
+        arguments = ["bench", "--quick", "--no-compile", "--rounds", "1", "--device", "cpu"]
+        arguments += ["--only", "sweep/act-1024/k1/float32", "--json", "out.json"]
+        code = f"import asga.bench; from asga.cli import main; print(asga.bench.__file__, main({arguments}))"
+        *_, last = run_python(code, python=python, cwd=folder).splitlines()
+        where, status = last.split()
+        assert Path(where).is_relative_to(folder / "venv")
+        assert status == "0"
+        (result,) = json.loads((folder / "out.json").read_text())["results"]
+        assert result["timings"]["asga"]["rounds"] == 1
+        if importlib.util.find_spec("matplotlib") is not None:
+            assert (folder / "out.png").is_file()
 
     def test_without_a_compiler_the_wheel_is_pure_and_the_operators_work(self, run_python, tmp_path):
         tree = _export(tmp_path / "tree")
