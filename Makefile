@@ -29,10 +29,10 @@ SANITIZER_RUNTIME = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -
 
 # Two goals at once would build in the same folders.
 .NOTPARALLEL:
-.PHONY: help demo test sanitize build lint format clean
+.PHONY: help demo test sanitize sanitize-cuda compute-sanitizer build lint format clean
 
 help:  ## Show these lines.
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
 
 demo: $(VENV)/demo.stamp  ## Search a policy on digits, carry it to other digits, print the table (about 6 minutes).
 	$(BIN)/asga demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -49,6 +49,20 @@ sanitize: $(VENV)/sanitize.stamp  ## Run the tests of the operators under Addres
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(abspath $(BIN))/python -m pytest --capture=sys -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
 	$(CURDIR)/tests/ops -k "not triton" $(PYTEST)
+
+# Without torch's cache of memory, so that memcheck knows the end of every tensor: graphs cannot be captured then, and
+# tensors of gigabytes would take hours.
+sanitize-cuda: compute-sanitizer $(VENV)/test.stamp  ## Run the tests of the CUDA operators under compute-sanitizer (needs a GPU).
+	for tool in memcheck racecheck; do \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	$(BIN)/python -m pytest tests/csrc/test_cuda_ops.py tests/csrc/test_cuda_sam.py \
+	-k "not captured and not 2_to_31 and not triton" $(PYTEST) || exit 1; done
+
+compute-sanitizer:
+	@command -v compute-sanitizer > /dev/null || \
+	{ echo "compute-sanitizer is not on PATH; it comes with the CUDA toolkit" >&2; exit 1; }
+	@nvidia-smi --list-gpus 2> /dev/null | grep -q GPU || \
+	{ echo "nvidia-smi finds no GPU; compute-sanitizer needs one" >&2; exit 1; }
 
 build: $(VENV)/build.stamp  ## Install the package into .venv in editable mode, compiled libraries included.
 

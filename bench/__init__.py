@@ -1,7 +1,7 @@
 """Benchmarks of operators, optimizer steps and search steps, against every other implementation that is installed.
 
     asga bench --quick
-    asga bench --only "core/*/float32" --json bench/results/cpu.json --png bench/results/cpu.png
+    asga bench --only "core/*/float32" --json bench/results/cpu.json
     asga bench --only "search/*"
 
 The same cases one by one, with pytest-benchmark (`pip install "asga[bench]"`), from a clone of the repository::

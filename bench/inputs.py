@@ -13,6 +13,8 @@ _POOL = 2**16
 _CLAMP_AT = 1.9
 # In steps. What is nearer to a rounding boundary may round either way: some multiply by 1/scale, some divide.
 _MARGIN = 1e-3
+# An integer: some round zero points, some add them to x/scale before they round that.
+_ZERO_POINT = 1
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,10 @@ class Inputs:
     Attributes:
         case: Where they come from.
         x: Values, with the shape and dtype of the case; requires a gradient.
-        scales: ``[1]`` or ``[C]``; for a mixture ``[K]`` or ``[K, C]``. Float32; requires a gradient.
+        scales: ``[1]``, ``[C]`` or, of groups, ``[..., L / group_size]``; for a mixture ``[K]``, ``[K, C]`` or
+            ``[K, ..., L / group_size]``. Float32; requires a gradient.
         probs: ``[K]`` float32, requires a gradient; None for a single candidate.
+        zero_points: Integers like `scales`, requires a gradient; None for a case without offset.
         grad: Gradient of the output, like `x`.
         ranges: quant_min and quant_max of each candidate.
     """
@@ -32,13 +36,15 @@ class Inputs:
     x: Tensor
     scales: Tensor
     probs: Tensor | None
+    zero_points: Tensor | None
     grad: Tensor
     ranges: tuple[tuple[int, int], ...]
 
     @property
     def differentiable(self) -> tuple[Tensor, ...]:
-        """What gradients are computed for: x, scales and, in a mixture, probs."""
-        return (self.x, self.scales) if self.probs is None else (self.x, self.scales, self.probs)
+        """What gradients are computed for: x, scales, in a mixture probs, with an offset zero_points."""
+        found = (self.x, self.scales, self.probs, self.zero_points)
+        return tuple(tensor for tensor in found if tensor is not None)
 
 
 def make_inputs(case: Case, device: torch.device | str) -> Inputs:
@@ -52,23 +58,31 @@ def make_inputs(case: Case, device: torch.device | str) -> Inputs:
     like_x = {"device": device, "dtype": case.dtype}
     base = torch.tensor([_CLAMP_AT / 2 ** (bits - 1) for bits in case.bits])
     ranges = tuple((-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in case.bits)
-    pool = _unambiguous_values(base, ranges, case.dtype).to(device)
+    zero_point = _ZERO_POINT if case.offset else 0
+    reach = tuple((low - zero_point, high - zero_point) for low, high in ranges)
+    pool = _unambiguous_values(base, reach, case.dtype).to(device)
     x = pool[torch.randint(len(pool), case.shape, generator=generator, device=device)]
     scales = base.to(device)
-    if case.axis is not None:
+    rows = case.rows
+    if rows.axis is not None:
         # Powers of two: multiplying values and scales by them is exact in every dtype.
-        channels = 2.0 ** torch.randint(-2, 3, (case.shape[0],), generator=generator, device=device)
-        x *= channels.to(case.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        channels = 2.0 ** torch.randint(-2, 3, (rows.shape[0],), generator=generator, device=device)
+        x.view(rows.shape).mul_(channels.to(case.dtype).reshape(-1, *[1] * (len(rows.shape) - 1)))
         scales = scales[:, None] * channels
+    if case.group_size is not None:
+        scales = scales.reshape(-1, *case.shape[:-1], case.shape[-1] // case.group_size)
     # With the sign of x, so that the sums in the gradients of scales and probabilities do not cancel.
     grad = torch.sign(x) * (0.5 + torch.rand(case.shape, generator=generator, **like_x))
+    if case.channels_last:
+        x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
     mixed = len(case.bits) > 1
-    if not mixed and case.axis is not None:
+    if not mixed and rows.axis is not None:
         scales = scales[0].clone()
     probs = (
         torch.softmax(torch.linspace(0.0, 1.0, len(case.bits), device=device), 0).requires_grad_() if mixed else None
     )
-    return Inputs(case, x.requires_grad_(), scales.requires_grad_(), probs, grad, ranges)
+    zero_points = torch.full_like(scales, zero_point).requires_grad_() if case.offset else None
+    return Inputs(case, x.requires_grad_(), scales.requires_grad_(), probs, zero_points, grad, ranges)
 
 
 def _unambiguous_values(scales: Tensor, ranges: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Tensor:

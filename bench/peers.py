@@ -1,6 +1,7 @@
 """The implementations that are compared, each built for the tensors of a case and checked against the reference.
 
-All do the same work: forward, and the gradients of the input, the scales and, in a mixture, the probabilities. In
+All do the same work: forward, and the gradients of the input, the scales and, where there are any, of the
+probabilities of a mixture and of the zero points. Peers that know no groups get them as the channels of a matrix. In
 bfloat16 the formulas in plain torch compute in float32, as asga does; what is built in does as it does.
 """
 
@@ -17,8 +18,9 @@ from asga.bench.inputs import Inputs
 from asga.bench.shapes import Case
 from asga.ops import backends, reference
 
-# From x, one scale (a tensor of [1] or [C]), quant_min and quant_max to the quantized x.
-Quantizer = Callable[[Tensor, Tensor, int, int], Tensor]
+# From x, one scale (a tensor of [1] or [C]), quant_min, quant_max and the zero point (like the scale, or None) to the
+# quantized x.
+Quantizer = Callable[[Tensor, Tensor, int, int, Tensor | None], Tensor]
 
 
 class UnequalResultsError(Exception):
@@ -128,35 +130,43 @@ def _build(name: str, inputs: Inputs, expected: tuple[Tensor, ...]) -> Contestan
 
 def _asga(name: str, inputs: Inputs, context: Callable[[], AbstractContextManager] = nullcontext) -> Contestant:
     lows, highs = zip(*inputs.ranges, strict=True)
-    axis = inputs.case.axis
+    granularity = {"axis": inputs.case.axis, "group_size": inputs.case.group_size}
     if inputs.probs is None:
-
-        def forward() -> Tensor:
-            return asga.ops.fake_quant(inputs.x, inputs.scales, quant_min=lows[0], quant_max=highs[0], axis=axis)
-
+        forward = partial(
+            asga.ops.fake_quant,
+            *(inputs.x, inputs.scales, inputs.zero_points),
+            **{"quant_min": lows[0], "quant_max": highs[0], **granularity},
+        )
     else:
-
-        def forward() -> Tensor:
-            return asga.ops.mixed_fake_quant(
-                inputs.x, inputs.scales, inputs.probs, quant_mins=lows, quant_maxs=highs, axis=axis
-            )
-
+        forward = partial(
+            asga.ops.mixed_fake_quant,
+            *(inputs.x, inputs.scales, inputs.probs, inputs.zero_points),
+            **{"quant_mins": lows, "quant_maxs": highs, **granularity},
+        )
     return Contestant(name, forward, inputs.differentiable, inputs.grad, is_peer=False, context=context)
 
 
 def _peer(name: str, inputs: Inputs, *, quantizer: Callable[[Inputs], Quantizer], compiled: bool = False) -> Contestant:
     """A quantizer, or the mixture of K copies as EdMIPS computes it, eagerly or compiled."""
-    quantize, ranges = quantizer(inputs), inputs.ranges
+    quantize, ranges, case = quantizer(inputs), inputs.ranges, inputs.case
+    rows = case.rows.shape
 
-    def single(x: Tensor, scale: Tensor) -> Tensor:
-        return quantize(x, scale, *ranges[0])
+    def single(x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        if case.group_size is None:
+            return quantize(x, scale, *ranges[0], zero_point)
+        flat = zero_point if zero_point is None else zero_point.reshape(-1)
+        return quantize(x.reshape(rows), scale.reshape(-1), *ranges[0], flat).reshape(x.shape)
 
-    def mixture(x: Tensor, scales: Tensor, probs: Tensor) -> Tensor:
-        output = None
-        for scale, prob, (low, high) in zip(scales.unbind(0), probs.unbind(0), ranges, strict=True):
-            term = prob * quantize(x, scale, low, high)
+    def mixture(x: Tensor, scales: Tensor, probs: Tensor, zero_points: Tensor | None = None) -> Tensor:
+        output, shape = None, x.shape
+        if case.group_size is not None:
+            x, scales = x.reshape(rows), scales.reshape(len(ranges), -1)
+            zero_points = zero_points if zero_points is None else zero_points.reshape(len(ranges), -1)
+        offsets = [None] * len(ranges) if zero_points is None else zero_points.unbind(0)
+        for scale, prob, bounds, offset in zip(scales.unbind(0), probs.unbind(0), ranges, offsets, strict=True):
+            term = prob * quantize(x, scale, *bounds, offset)
             output = term if output is None else output + term
-        return output
+        return output.reshape(shape)
 
     function = single if inputs.probs is None else mixture
     if compiled:
@@ -167,17 +177,21 @@ def _peer(name: str, inputs: Inputs, *, quantizer: Callable[[Inputs], Quantizer]
 
 
 def _lsq(inputs: Inputs) -> Quantizer:
-    """The formula of Esser et al., "Learned Step Size Quantization", ICLR 2020, in torch's operators."""
+    """The formulas of Esser et al., "Learned Step Size Quantization", ICLR 2020, and of LSQ+, in torch's operators."""
     shape = _channel_shape(inputs)
 
-    def quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        return lsq(x.float(), scale.reshape(shape), low, high).to(x.dtype)
+    def quantize(x: Tensor, scale: Tensor, low: int, high: int, zero_point: Tensor | None) -> Tensor:
+        offset = zero_point if zero_point is None else zero_point.reshape(shape)
+        return lsq(x.float(), scale.reshape(shape), low, high, offset).to(x.dtype)
 
     return quantize
 
 
-def lsq(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """One quantizer in plain torch; `scale` broadcasts against `x`."""
+def lsq(x: Tensor, scale: Tensor, low: int, high: int, zero_point: Tensor | None = None) -> Tensor:
+    """One quantizer in plain torch; `scale` and `zero_point` broadcast against `x`."""
+    if zero_point is not None:
+        offset = _RoundStraightThrough.apply(zero_point)
+        return _RoundStraightThrough.apply(torch.clamp(x / scale, low - offset, high - offset)) * scale
     return _RoundStraightThrough.apply(torch.clamp(x / scale, low, high)) * scale
 
 
@@ -194,24 +208,33 @@ class _RoundStraightThrough(torch.autograd.Function):
 
 
 def _fixed_scale(name: str, inputs: Inputs) -> Contestant:
-    x, axis, (low, high) = inputs.x, inputs.case.axis, inputs.ranges[0]
-    scales = inputs.scales.detach()
-    if axis is None:
-        forward = partial(torch.fake_quantize_per_tensor_affine, x, scales.item(), 0, low, high)
+    x, case, (low, high) = inputs.x, inputs.case, inputs.ranges[0]
+    scales, rows = inputs.scales.detach().reshape(-1), case.rows
+    zero_points = torch.zeros_like(scales) if inputs.zero_points is None else inputs.zero_points.detach().reshape(-1)
+    zero_points = zero_points.int()
+    less_work = "computes no gradient of the scale" + (" or the zero point" if case.offset else "")
+    if rows.axis is None:
+        forward = partial(torch.fake_quantize_per_tensor_affine, x, scales.item(), int(zero_points.item()), low, high)
+    elif case.group_size is None:
+        forward = partial(torch.fake_quantize_per_channel_affine, x, scales, zero_points, rows.axis, low, high)
     else:
-        zeros = torch.zeros_like(scales, dtype=torch.int32)
-        forward = partial(torch.fake_quantize_per_channel_affine, x, scales, zeros, axis, low, high)
-    return Contestant(name, forward, (x,), inputs.grad, less_work="computes no gradient of the scale")
+
+        def forward() -> Tensor:
+            groups = x.reshape(rows.shape)
+            return torch.fake_quantize_per_channel_affine(groups, scales, zero_points, 0, low, high).reshape(x.shape)
+
+    return Contestant(name, forward, (x,), inputs.grad, less_work=less_work)
 
 
 def _torch_learnable(inputs: Inputs) -> Quantizer:
-    axis, channels = inputs.case.axis, inputs.scales.shape[-1:] if inputs.case.axis is not None else (1,)
-    zeros = torch.zeros(channels, device=inputs.x.device)
+    rows = inputs.case.rows
+    zeros = torch.zeros(1 if rows.axis is None else rows.shape[0], device=inputs.x.device)
 
-    def quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        if axis is None:
-            return torch._fake_quantize_learnable_per_tensor_affine(x, scale.reshape(1), zeros, low, high, 1.0)
-        return torch._fake_quantize_learnable_per_channel_affine(x, scale, zeros, axis, low, high, 1.0)
+    def quantize(x: Tensor, scale: Tensor, low: int, high: int, zero_point: Tensor | None) -> Tensor:
+        offset = zeros if zero_point is None else zero_point.reshape(-1)
+        if rows.axis is None:
+            return torch._fake_quantize_learnable_per_tensor_affine(x, scale.reshape(1), offset, low, high, 1.0)
+        return torch._fake_quantize_learnable_per_channel_affine(x, scale, offset, rows.axis, low, high, 1.0)
 
     return quantize
 
@@ -228,8 +251,9 @@ def _brevitas(inputs: Inputs) -> Quantizer:
         for (_, high), width in zip(inputs.ranges, inputs.case.bits, strict=True)
     }
 
-    def quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        return quant(scale.reshape(shape), zero, bits[high], x.float()).to(x.dtype)
+    def quantize(x: Tensor, scale: Tensor, low: int, high: int, zero_point: Tensor | None) -> Tensor:
+        offset = zero if zero_point is None else zero_point.reshape(shape)
+        return quant(scale.reshape(shape), offset, bits[high], x.float()).to(x.dtype)
 
     return quantize
 
@@ -238,18 +262,20 @@ def _torchao(inputs: Inputs) -> Quantizer:
     """What torchao's fake quantizers with a learned range call; they themselves accept only matrices."""
     from torchao.quantization.quant_primitives import ZeroPointDomain, _fake_quantize_affine
 
-    shape = inputs.case.shape
-    block = shape if inputs.case.axis is None else (1, *shape[1:])
+    rows = inputs.case.rows
+    block = rows.shape if rows.axis is None else (1, *rows.shape[1:])
 
-    def quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        return _fake_quantize_affine(x, block, scale, None, torch.int32, low, high, ZeroPointDomain.NONE)
+    def quantize(x: Tensor, scale: Tensor, low: int, high: int, zero_point: Tensor | None) -> Tensor:
+        domain = ZeroPointDomain.NONE if zero_point is None else ZeroPointDomain.INT
+        return _fake_quantize_affine(x, block, scale, zero_point, torch.int32, low, high, domain)
 
     return quantize
 
 
 def _channel_shape(inputs: Inputs) -> tuple[int, ...]:
-    """The shape in which one scale broadcasts against x."""
-    return (1,) if inputs.case.axis is None else (-1, *[1] * (inputs.x.dim() - 1))
+    """The shape in which one scale broadcasts against x, or against its groups as rows."""
+    rows = inputs.case.rows
+    return (1,) if rows.axis is None else (-1, *[1] * (len(rows.shape) - 1))
 
 
 _BACKENDS = {"asga (cuda)": "cuda", "asga (triton)": "triton"}
@@ -266,18 +292,23 @@ _BUILDERS: dict[str, Callable[[str, Inputs], Contestant]] = {
 
 
 def _reference(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Output and gradients as `asga.ops.reference` defines them."""
-    tensors = tuple(tensor.detach() for tensor in inputs.differentiable)
+    """Output and gradients as `asga.ops.reference` defines them, in the order of `Inputs.differentiable`."""
     lows, highs = (list(bounds) for bounds in zip(*inputs.ranges, strict=True))
-    if inputs.probs is None:
-        settings = (None, lows[0], highs[0], inputs.case.axis)
-        output = reference.fake_quant(*tensors, *settings)
-        return output, *reference.fake_quant_backward(inputs.grad, *tensors, *settings)[:2]
-    settings = (None, lows, highs, inputs.case.axis)
-    return (
-        reference.mixed_fake_quant(*tensors, *settings),
-        *reference.mixed_fake_quant_backward(inputs.grad, *tensors, *settings)[:3],
+    rows, lead = inputs.case.rows, () if inputs.probs is None else (len(lows),)
+    x, grad = (tensor.detach().reshape(rows.shape) for tensor in (inputs.x, inputs.grad))
+    scales, zero_points = (
+        None if t is None else t.detach().reshape(*lead, -1) if rows.axis == 0 else t.detach()
+        for t in (inputs.scales, inputs.zero_points)
     )
+    if inputs.probs is None:
+        arguments = (x, scales, zero_points, lows[0], highs[0], rows.axis)
+        found = reference.fake_quant(*arguments), *reference.fake_quant_backward(grad, *arguments)
+    else:
+        arguments = (x, scales, inputs.probs.detach(), zero_points, lows, highs, rows.axis)
+        found = reference.mixed_fake_quant(*arguments), *reference.mixed_fake_quant_backward(grad, *arguments)
+    # Without zero points their gradient is an empty tensor, the last.
+    like = (inputs.x, *inputs.differentiable)
+    return tuple(tensor.reshape(shape.shape) for tensor, shape in zip(found, like, strict=False))
 
 
 def _check(contestant: Contestant, inputs: Inputs, expected: tuple[Tensor, ...]) -> None:
@@ -285,7 +316,9 @@ def _check(contestant: Contestant, inputs: Inputs, expected: tuple[Tensor, ...])
     with contestant.context():
         output = contestant.forward()
         actual = (output.detach(), *contestant.backward(output))
-    names = ("output", "gradient of the input", "gradient of the scales", "gradient of the probabilities")
+    names = ["output", "gradient of the input", "gradient of the scales"]
+    names += [] if inputs.probs is None else ["gradient of the probabilities"]
+    names += [] if inputs.zero_points is None else ["gradient of the zero points"]
     # Fewer gradients than names where an implementation does less work.
     for name, got, wanted, bound in zip(names, actual, expected, _tolerances(inputs, expected), strict=False):
         if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
@@ -305,19 +338,24 @@ def _tolerances(inputs: Inputs, expected: tuple[Tensor, ...]) -> Iterator[Tensor
     eps, eps_sum = (torch.finfo(dtype).eps for dtype in (inputs.case.dtype, torch.float32))
     for values in expected[:2]:
         yield 8 * eps * values.abs().max()
-    grad, x = inputs.grad.float().abs(), inputs.x.detach().float().abs()
-    dims = [dim for dim in range(x.dim()) if dim != inputs.case.axis]
+    rows = inputs.case.rows
+    grad, x = (tensor.detach().reshape(rows.shape).float().abs() for tensor in (inputs.grad, inputs.x))
+    dims = [dim for dim in range(x.dim()) if dim != rows.axis]
     scales, weights = inputs.scales.detach(), [1.0]
     if inputs.probs is None:
         scales = scales[None]
     else:
         weights = inputs.probs.tolist()
-    of_scales, of_probs = [], []
+    of_scales, of_probs, of_zero_points = [], [], []
     for scale, weight in zip(scales, weights, strict=True):
         terms = grad * (x / scale.reshape(_channel_shape(inputs)) + 1)
         bound = eps * torch.linalg.vector_norm(terms, dim=dims) + eps_sum * terms.sum(dims)
         of_scales.append(weight * bound)
-        of_probs.append((bound * scale.reshape(bound.shape)).sum())
+        of_products = bound * scale.reshape(bound.shape)
+        of_probs.append(of_products.sum())
+        of_zero_points.append(weight * of_products)
     yield 8 * (torch.stack(of_scales).reshape(inputs.scales.shape) + eps * expected[2].abs())
     if inputs.probs is not None:
         yield 8 * (torch.stack(of_probs) + eps * expected[3].abs())
+    if inputs.zero_points is not None:
+        yield 8 * (torch.stack(of_zero_points).reshape(inputs.scales.shape) + eps * expected[-1].abs())

@@ -33,7 +33,10 @@ _ALWAYS_FRESH = 32 * 2**20
 # Up to this size, a call on a GPU may be shorter than what the host needs for it.
 _LAYER_SIZED = 16 * 2**20
 
-_QUICK_CASES = ("core/act-*/float32", "core/weight-64x64x3x3/*/float32", "core/weight-144x1x3x3/k1/float32")
+_QUICK_CASES = (
+    *("core/act-*/float32", "core/weight-64x64x3x3/*/float32", "core/weight-144x1x3x3/k1/float32"),
+    "options/weight-1024x1024-g128/k1/float32",
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Config:
 
     @classmethod
     def quick(cls, device: str = "cpu") -> "Config":
-        """Five cases, enough to see where things stand: less than three minutes on two cores."""
+        """Six cases, enough to see where things stand: less than three minutes on two cores."""
         return cls(_QUICK_CASES, device, rounds=7, sample_seconds=0.005, case_seconds=8.0, passes=PASSES[1:])
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -19,10 +19,13 @@ class Case:
 
     Attributes:
         suite: The network or group it belongs to.
-        kind: "act" (one scale) or "weight" (one scale per channel, axis 0).
+        kind: "act" (one scale) or "weight" (one scale per channel, axis 0, or per group).
         shape: Of the tensor.
         bits: The candidates: one for `fake_quant`, several for `mixed_fake_quant`.
-        dtype: Of the tensor; scales and probabilities are float32.
+        dtype: Of the tensor; scales, zero points and probabilities are float32.
+        group_size: Neighbors along the last dimension that share a scale, or None.
+        offset: Whether there are learned zero points, one for each scale.
+        channels_last: Whether the four dimensions of the tensor lie so in memory.
     """
 
     suite: str
@@ -30,17 +33,29 @@ class Case:
     shape: tuple[int, ...]
     bits: tuple[int, ...]
     dtype: torch.dtype
+    group_size: int | None = None
+    offset: bool = False
+    channels_last: bool = False
 
     @property
     def name(self) -> str:
-        """Such as ``core/weight-64x64x3x3/k5/float32``."""
-        size = "x".join(map(str, self.shape))
-        return f"{self.suite}/{self.kind}-{size}/k{len(self.bits)}/{str(self.dtype).removeprefix('torch.')}"
+        """Such as ``core/weight-64x64x3x3/k5/float32`` or ``options/weight-4096x4096-g128-offset/k1/bfloat16``."""
+        tensor = f"{self.kind}-{'x'.join(map(str, self.shape))}"
+        tensor += f"-g{self.group_size}" if self.group_size else ""
+        tensor += "-offset" * self.offset + "-channels_last" * self.channels_last
+        return f"{self.suite}/{tensor}/k{len(self.bits)}/{str(self.dtype).removeprefix('torch.')}"
 
     @property
     def axis(self) -> int | None:
         """Dimension of the channels, as the operators take it."""
-        return 0 if self.kind == "weight" else None
+        return 0 if self.kind == "weight" and self.group_size is None else None
+
+    @property
+    def rows(self) -> "Case":
+        """The same with the groups as the channels of a matrix; itself without groups."""
+        if self.group_size is None:
+            return self
+        return replace(self, shape=(self.numel // self.group_size, self.group_size), group_size=None)
 
     @property
     def numel(self) -> int:
@@ -55,13 +70,17 @@ class Case:
     def traffic(self, passes: str) -> int:
         """Bytes that must cross the memory bus, whatever the implementation and the number of candidates.
 
-        Forward reads x and writes y; backward reads g and x and writes dx. Scales, probabilities and their gradients
-        are too small to count, and reading a line of the cache to overwrite it is not counted, here or for the copy.
+        Forward reads x and writes y; backward reads g and x and writes dx. Both read the scales and zero points of
+        groups, and backward writes their gradients; those of channels, and probabilities, are too small to count.
+        Reading a line of the cache to overwrite it is not counted, here or for the copy.
 
         Args:
             passes: "forward" or "forward+backward".
         """
-        return {"forward": 2, "forward+backward": 5}[passes] * self.nbytes
+        parameters = 0 if self.group_size is None else self.numel // self.group_size * len(self.bits)
+        of_parameters = parameters * (1 + self.offset) * torch.float32.itemsize
+        tensors, parameter_passes = {"forward": (2, 1), "forward+backward": (5, 3)}[passes]
+        return tensors * self.nbytes + parameter_passes * of_parameters
 
 
 def select(patterns: Sequence[str], batch_size: int) -> list[Case]:
@@ -74,14 +93,14 @@ def select(patterns: Sequence[str], batch_size: int) -> list[Case]:
     Raises:
         ValueError: No case matches.
     """
-    found: dict[tuple, Case] = {}
+    found: dict[Case, Case] = {}
     for case in _all_cases(batch_size):
         if any(fnmatchcase(case.name, pattern) for pattern in patterns):
-            found.setdefault((case.kind, case.shape, case.bits, case.dtype), case)
+            found.setdefault(replace(case, suite=""), case)
     if not found:
         raise ValueError(
             f"no case matches {' '.join(patterns)!r}; names look like 'core/weight-64x64x3x3/k5/float32', "
-            f"and the suites are {', '.join(_suites(batch_size))}"
+            f"and the suites are {', '.join((*_suites(batch_size), 'options'))}"
         )
     return list(found.values())
 
@@ -93,6 +112,20 @@ def _all_cases(batch_size: int) -> Iterator[Case]:
                 for bits in (SINGLE_BITS, MIXED_BITS):
                     for dtype in DTYPES:
                         yield Case(suite, kind, shape, bits, dtype)
+    for bits in (SINGLE_BITS, MIXED_BITS):
+        for dtype in DTYPES:
+            yield from _options(batch_size, bits, dtype)
+
+
+def _options(batch_size: int, bits: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
+    """Groups, as of Llama-3-8B's query projection (and a quarter of its sides), learned offsets, channels_last."""
+    activation, weight = ("act", (batch_size, 64, 56, 56)), ("weight", (512, 512, 3, 3))
+    for side in (1024, 4096):
+        for offset in (False, True):
+            yield Case("options", "weight", (side, side), bits, dtype, group_size=128, offset=offset)
+    for tensor in (activation, weight):
+        yield Case("options", *tensor, bits, dtype, offset=True)
+        yield Case("options", *tensor, bits, dtype, channels_last=True)
 
 
 def _suites(batch_size: int) -> dict[str, dict[str, list[tuple[int, ...]]]]:

@@ -7,7 +7,9 @@ from asga.bench.shapes import select
 
 pytest.importorskip("pytest_benchmark")
 
-RACES = [(case, name) for case in select(["core/*/k1/float32"], 64) for name in names(case, "cpu")]
+RACES = [
+    (case, name) for case in select(["core/*/k1/float32", "options/*/k1/float32"], 64) for name in names(case, "cpu")
+]
 
 
 @pytest.mark.parametrize(("case", "name"), RACES, ids=[f"{case.name}-{name}" for case, name in RACES])

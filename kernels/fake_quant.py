@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asga.kernels.layout import (
     NUM_WARPS,
+    accumulator,
     dense_like,
     finish_blocks,
     fold,
@@ -109,7 +110,7 @@ def fake_quant_backward(
         )
     grad, input = dense_like(grad, grad_input), dense_like(input, grad_input)
     layout = layout_of(input, axis)
-    splits = layout.splits
+    splits = layout.splits((1 if zero_point is None else 2) * accumulator(input).itemsize)
     scale_partials = partial_sums(input, splits, layout.channels)
     zero_point_partials = None if zero_point is None else torch.empty_like(scale_partials)
     with torch.cuda.device_of(input):

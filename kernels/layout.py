@@ -34,6 +34,10 @@ _MIN_BLOCK_L = 16
 _TARGET_PROGRAMS = 4096
 # A partial sum stands for at least this many values where there are that many: partial sums are traffic too.
 _MIN_VALUES_PER_PARTIAL = 32
+# As in csrc/cuda/column_cut.h: within this many bytes of partial sums there may be that many programs. Beyond, there
+# are no fewer than the registers of 132 processors hold of a mixture at once.
+_PARTIAL_BYTES = 2**20
+_FEWEST_PROGRAMS = 4 * 132
 
 
 class Layout(NamedTuple):
@@ -59,10 +63,15 @@ class Layout(NamedTuple):
         """Tiles of one block of channels."""
         return self.loops * triton.cdiv(self.length, self.block_l)
 
-    @property
-    def splits(self) -> int:
-        """Programs that share the tiles of one block of channels in a reduction: one partial sum each."""
+    def splits(self, sum_bytes: int) -> int:
+        """Programs that share the tiles of one block of channels in a reduction: one partial sum each.
+
+        Args:
+            sum_bytes: Of the partial sums that a program leaves for a channel.
+        """
+        within = _PARTIAL_BYTES // (self.channels * sum_bytes)
         tiles_per_program = max(
+            triton.cdiv(self.tiles, max(within, triton.cdiv(_FEWEST_PROGRAMS, self.channel_blocks))),
             triton.cdiv(self.tiles * self.channel_blocks, _TARGET_PROGRAMS),
             triton.cdiv(_MIN_VALUES_PER_PARTIAL, self.block_l),
         )
@@ -110,9 +119,13 @@ def dense_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def partial_sums(input: Tensor, *shape: int) -> Tensor:
-    """Uninitialized memory for partial sums of a reduction over `input`, in the dtype of its arithmetic."""
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return torch.empty(shape, dtype=dtype, device=input.device)
+    """Uninitialized memory for partial sums of a reduction over `input`."""
+    return torch.empty(shape, dtype=accumulator(input), device=input.device)
+
+
+def accumulator(input: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic and of the sums."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def finish_blocks(channels: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from asga.kernels.layout import (
     NUM_WARPS,
     Layout,
+    accumulator,
     dense_like,
     finish_blocks,
     fold,
@@ -61,7 +62,7 @@ def mixed_fake_quant(
         return output
     input, scales, probs = dense_like(input, output), scales.contiguous(), probs.contiguous()
     zero_points = None if zero_points is None else zero_points.contiguous()
-    layout = _layout(input, axis, zero_points)
+    layout = _layout(input, axis, len(quant_mins), zero_points)
     with torch.cuda.device_of(input):
         _mixed_fake_quant_kernel[(layout.channel_blocks * layout.tiles,)](
             input,
@@ -123,8 +124,9 @@ def mixed_fake_quant_backward(
     if input.numel() == 0:
         return grad_input, grad_scales.zero_(), grad_probs.zero_(), grad_zero_points.zero_()
     grad, input = dense_like(grad, grad_input), dense_like(input, grad_input)
-    layout = _layout(input, axis, zero_points)
-    splits, candidates = layout.splits, len(quant_mins)
+    layout = _layout(input, axis, len(quant_mins), zero_points)
+    candidates, terms = len(quant_mins), 1 if zero_points is None else 2
+    splits = layout.splits(candidates * terms * accumulator(input).itemsize)
     programs = layout.channel_blocks * splits
     scale_partials = partial_sums(input, candidates, splits, layout.channels)
     prob_partials = partial_sums(input, candidates, programs)
@@ -152,6 +154,7 @@ def mixed_fake_quant_backward(
             BLOCK_L=layout.block_l,
             FOLD=layout.fold,
             num_warps=NUM_WARPS,
+            maxnreg=_most_registers(candidates, zero_points),
             enable_fp_fusion=False,
         )
         block_splits, block_c = finish_blocks(layout.channels)
@@ -175,9 +178,17 @@ def mixed_fake_quant_backward(
     return grad_input, grad_scales, grad_probs, grad_zero_points
 
 
-def _layout(input: Tensor, axis: int | None, zero_points: Tensor | None) -> Layout:
-    """Tiles half as large with zero points, whose bounds and sums take registers."""
-    return layout_of(input, axis, vectors=2 if zero_points is None else 1)
+def _layout(input: Tensor, axis: int | None, candidates: int, zero_points: Tensor | None) -> Layout:
+    """Tiles half as large with zero points or the most candidates, whose bounds and sums take registers."""
+    return layout_of(input, axis, vectors=2 if zero_points is None and candidates < 8 else 1)
+
+
+def _most_registers(candidates: int, zero_points: Tensor | None) -> int | None:
+    """For a thread of the backward kernel; None leaves the choice to the compiler, which spills in these cases.
+
+    Elsewhere it finds a number with more threads on a multiprocessor than it does when it is given all of them.
+    """
+    return 255 if candidates == 2 or (candidates == 7 and zero_points is not None) else None
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """The package from outside: what importing it costs, what is built, and that what is built works elsewhere."""
 
+import importlib.util
+import json
 import os
 import re
 import runpy
@@ -124,6 +126,39 @@ class TestSetup:
             run_setup()[0]["cuda_architecture_flags"]()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+class TestSanitizeCuda:
+    """What `make sanitize-cuda` does before it builds anything."""
+
+    @pytest.fixture
+    def run_make(self, tmp_path):
+        """Run it with nothing on PATH but what the Makefile needs and stubs of the programs that are named."""
+
+        def run(**stubs: str) -> subprocess.CompletedProcess:
+            for tool in ("make", "sh", "find", "grep", "sed"):
+                (tmp_path / tool).symlink_to(shutil.which(tool))
+            for name, script in stubs.items():
+                (tmp_path / name.replace("_", "-")).write_text(f"#!/bin/sh\n{script}\n")
+                (tmp_path / name.replace("_", "-")).chmod(0o755)
+            command = ["make", "-C", ROOT, "sanitize-cuda"]
+            return subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+
+        return run
+
+    def test_fails_without_compute_sanitizer(self, run_make):
+        done = run_make()
+        assert done.returncode != 0
+        assert "compute-sanitizer is not on PATH; it comes with the CUDA toolkit" in done.stderr
+
+    @pytest.mark.parametrize(
+        "stubs", [{}, {"nvidia_smi": "echo No devices were found; exit 6"}], ids=["none", "no GPU"]
+    )
+    def test_fails_without_a_gpu(self, run_make, stubs):
+        done = run_make(compute_sanitizer="exit 0", **stubs)
+        assert done.returncode != 0
+        assert "nvidia-smi finds no GPU; compute-sanitizer needs one" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """The folder with what `python -m build --no-isolation` makes: an sdist of the tree, a wheel of that sdist."""
@@ -168,6 +203,22 @@ class TestDistributions:
         assert values == f"cpu {SMOKE_VALUES}"
         assert (Path(where).parent / "kernels" / "fake_quant.py").is_file()
         assert (python.parent / "asga").is_file()  # the command
+        self.check_benchmarks(python, run_python, tmp_path)
+
+    @staticmethod
+    def check_benchmarks(python: Path, run_python, folder: Path) -> None:
+        """They run from the package that is installed, without the repository."""
+        arguments = ["bench", "--quick", "--no-compile", "--rounds", "1", "--device", "cpu"]
+        arguments += ["--only", "sweep/act-1024/k1/float32", "--json", "out.json"]
+        code = f"import asga.bench; from asga.cli import main; print(asga.bench.__file__, main({arguments}))"
+        *_, last = run_python(code, python=python, cwd=folder).splitlines()
+        where, status = last.split()
+        assert Path(where).is_relative_to(folder / "venv")
+        assert status == "0"
+        (result,) = json.loads((folder / "out.json").read_text())["results"]
+        assert result["timings"]["asga"]["rounds"] == 1
+        if importlib.util.find_spec("matplotlib") is not None:
+            assert (folder / "out.png").is_file()
 
     def test_without_a_compiler_the_wheel_is_pure_and_the_operators_work(self, run_python, tmp_path):
         tree = _export(tmp_path / "tree")

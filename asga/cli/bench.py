@@ -22,8 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cases by name, such as 'core/*' (the default), '*/k5/bfloat16', 'step/*' or 'search/*'",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and run nothing")
-    parser.add_argument("--json", metavar="FILE", help="write all results and the facts of the machine")
-    parser.add_argument("--png", metavar="FILE", help="draw bandwidth against size")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write all results and the facts of the machine, and beside them, as .png, bandwidth against size",
+    )
+    parser.add_argument("--png", metavar="FILE", help="draw the figure here instead, or without --json")
     parser.add_argument("--batch-size", type=int, default=64, help="of activations")
     parser.add_argument(
         "--passes",
@@ -66,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
         require("matplotlib", "report")
         if all(isinstance(case, SearchCase) for case, _ in plan(config)):
             raise ValueError(f"--png is {options.png}: it draws bandwidths, and searches have none")
+    png = options.png or (options.json and _beside(options.json))
 
     results = []
     try:
@@ -76,5 +81,17 @@ def run(options: argparse.Namespace) -> None:
             print(f"\n{render(results)}")
             if options.json:
                 write_json(options.json, report(config, results))
-            if options.png:
-                write_png(options.png, results)
+            # Searches have no bandwidth.
+            if png and any(result.traffic is not None for result in results):
+                write_png(png, results)
+
+
+def _beside(json: str) -> Path | None:
+    """Where the figure of a file of results goes; None, with a line that says so, where nothing can draw it."""
+    try:
+        require("matplotlib", "report")
+    except ImportError as error:
+        print(f"no figure beside {json}: {error}")
+        return None
+    path = Path(json)
+    return path.with_suffix(".png") if path.suffix == ".json" else path.with_name(f"{path.name}.png")

@@ -31,11 +31,19 @@ def fake_quant(
     in float32 (float64 for float64 inputs). Differentiable in every floating argument with the straight-through
     gradients of LSQ; the gradient of the scale is the plain one, without LSQ's factor ``1/sqrt(n * quant_max)``.
 
+    Scales are not checked, as that would stall a GPU. One that is no positive number is an error of the caller, without
+    an exception or harm to memory: it takes the same arithmetic, with the same bits of result and input gradient on
+    every backend. A scale of 0 gives 0, and NaN for values that are 0 (in `mixed_fake_quant` too, through 0 * inf); a
+    negative one gives the range mirrored, and maybe -0.0; an infinite or NaN one gives NaN. So do NaN zero points.
+
+    Autocast leaves the dtypes alone: the result has that of `input`, and scales should stay in float32. A second
+    derivative does not exist: the backward of a backward raises RuntimeError. Under `torch.func`,
+    grad and vjp work, vmap runs sample after sample, and forward mode raises torch's error.
+
     Args:
         input: Any shape, float32, bfloat16, float16 or float64.
         scale: One element (per tensor), shape ``[C]`` with ``C = input.shape[axis]`` (per channel), or
-            ``[..., L / group_size]`` for an input ``[..., L]`` (per group); floating, positive. Non-positive or NaN
-            scales, and NaN zero points, give meaningless values but no error: checking would stall a GPU.
+            ``[..., L / group_size]`` for an input ``[..., L]`` (per group); floating, positive.
         zero_point: Like `scale`; rounded half to even before use. None is zero. Its magnitude must stay below
             2**21.
         quant_min: Smallest integer of the grid.
@@ -94,6 +102,9 @@ def mixed_fake_quant(
     Reads `input` once, writes the output once and keeps only `input` for backward, whatever K is. Multiplies by
     the reciprocal of each scale (`fake_quant` divides), so single values on a rounding boundary may differ from
     the sum of K calls of `fake_quant`. Differentiable in `input`, `scales`, `probs` and `zero_points`.
+
+    Bad scales, autocast, second derivatives and `torch.func` are as in `fake_quant`: a candidate with a NaN or infinite
+    scale makes the whole result NaN, whatever its probability.
 
     Args:
         input: Any shape, float32, bfloat16, float16 or float64.

@@ -110,7 +110,7 @@ void launch_forward(T* output, const T* input, const compute_t<T>* scale, const 
       [&](const auto& cut) {
         forward_kernel<<<cut.grid(), kThreads, 0, stream>>>(output, input, scale, zero_point, low, high, cut);
       },
-      cut_tiles<kVector<T>>(layout, kVector<T>, is_aligned(output, input)));
+      cut_tiles<kVector<T>>(layout, kVector<T>, is_aligned(output, input), 0));
   ASGA_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -182,10 +182,10 @@ std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(const Tensor& grad, const
     using T = decltype(zero);
     using A = compute_t<T>;
     const cudaStream_t stream = current_stream(x);
-    const Tiles<kVector<T>> tiles = cut_tiles<kVector<T>>(
-        layout, kVector<T>, is_aligned(grad_input.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr()));
-    const int64_t slots_per_channel = slots(tiles);
     const int terms = z.has_value() ? 2 : 1;
+    const bool aligned = is_aligned(grad_input.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr());
+    const Tiles<kVector<T>> tiles = cut_tiles<kVector<T>>(layout, kVector<T>, aligned, terms * sizeof(A));
+    const int64_t slots_per_channel = slots(tiles);
     // A single slot per channel holds the sum already.
     const bool summed = terms == 1 && slots_per_channel == 1;
     const Tensor partials =

@@ -204,7 +204,7 @@ template <bool kOffset, typename T>
 void launch_forward(T* output, const T* input, const compute_t<T>* scales, const compute_t<T>* probs,
                     const compute_t<T>* zero_points, const Ranges<compute_t<T>>& ranges, const ChannelLayout& layout,
                     cudaStream_t stream) {
-  const auto tiles = cut_tiles<kColumns<T, kOffset>>(layout, kVector<T>, is_aligned(output, input));
+  const auto tiles = cut_tiles<kColumns<T, kOffset>>(layout, kVector<T>, is_aligned(output, input), 0);
   with_bound<compute_t<T>>(ranges.count, [&](auto bound) {
     std::visit(
         [&](const auto& cut) {
@@ -323,10 +323,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_fake_quant_backward(const Tenso
     const bool aligned = is_aligned(grad_input.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr());
     with_offset(z.has_value(), [&](auto offset) {
       constexpr bool kOffset = decltype(offset)::value;
-      const auto tiles = cut_tiles<kColumns<T, kOffset>>(layout, kVector<T>, aligned);
+      const int terms = kOffset ? 3 : 2;
+      const auto tiles = cut_tiles<kColumns<T, kOffset>>(layout, kVector<T>, aligned, candidates * terms * sizeof(A));
       const int64_t slots_per_channel = slots(tiles);
-      const Tensor partials =
-          torch::stable::new_empty(s, {candidates, kOffset ? 3 : 2, layout.channels, slots_per_channel});
+      const Tensor partials = torch::stable::new_empty(s, {candidates, terms, layout.channels, slots_per_channel});
       launch_backward<kOffset>(mutable_data<T>(grad_input), mutable_data<A>(partials), const_data<T>(g),
                                const_data<T>(x), const_data<A>(s), const_data<A>(p),
                                kOffset ? const_data<A>(*z) : nullptr, Ranges<A>(quant_mins, quant_maxs), tiles, stream);

@@ -14,6 +14,7 @@
 #include <variant>
 
 #include "../tensor_layout.h"
+#include "column_cut.h"
 #include "reduce.h"
 
 namespace asga {
@@ -183,15 +184,9 @@ struct ColumnTiles {
     int64_t column, begin, end;  // the first of its columns; a range of outer indices
   };
 
-  // Enough to fill the large GPUs; each block leaves one partial sum per column and term.
-  static constexpr int64_t kMaxBlocks = 1024;
-
-  static ColumnTiles cut(const ChannelLayout& layout) {
-    const int64_t vectors = layout.channels * layout.inner / W, blocks = ceil_div(vectors, kThreads);
-    const int width = static_cast<int>(ceil_div(vectors, blocks)), lanes = kThreads / width;
-    const int64_t most = std::max<int64_t>(1, kMaxBlocks / blocks);
-    const int64_t height = ceil_div(layout.outer, lanes * most) * lanes;
-    return {layout.outer, layout.channels, layout.inner, width, height, ceil_div(layout.outer, height)};
+  static ColumnTiles cut(const ChannelLayout& layout, int64_t sum_bytes) {
+    const ColumnCut cut = cut_columns(layout.outer, layout.channels * layout.inner / W, W, sum_bytes, kThreads);
+    return {layout.outer, layout.channels, layout.inner, cut.width, cut.height, cut.slices};
   }
 
   dim3 grid() const {
@@ -255,12 +250,13 @@ using Tiles = std::conditional_t<W == 1, std::variant<RowTiles, ColumnTiles<1>>,
                                  std::variant<RowTiles, ColumnTiles<1>, ColumnTiles<W>>>;
 
 // Columns if the values of a channel are scattered one by one, or in runs shorter than a warp that repeat often.
+// `sum_bytes` is what partial sums take for each channel of a tile, 0 without any.
 template <int W>
-Tiles<W> cut_tiles(const ChannelLayout& layout, int vector, bool aligned) {
+Tiles<W> cut_tiles(const ChannelLayout& layout, int vector, bool aligned, int64_t sum_bytes) {
   const bool short_rows = layout.inner < kWarp && layout.outer >= kWarp;
   if (layout.inner > 1 && !short_rows) return RowTiles::cut(layout, vector, aligned);
-  if (aligned && layout.channels * layout.inner % W == 0) return ColumnTiles<W>::cut(layout);
-  return ColumnTiles<1>::cut(layout);
+  if (aligned && layout.channels * layout.inner % W == 0) return ColumnTiles<W>::cut(layout, sum_bytes);
+  return ColumnTiles<1>::cut(layout, sum_bytes);
 }
 
 template <typename AnyTiles>

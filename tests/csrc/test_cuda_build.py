@@ -94,6 +94,36 @@ def test_the_steps_of_the_optimizer_round_as_the_reference(library):
     assert all(count == 0 for counts in fused.values() for count in counts)
 
 
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_rows_and_vectors_of_columns_are_read_and_written_16_bytes_at_a_time(library, architecture):
+    """Of every dtype, by the kernels that sweep over aligned tensors; single values come before and after them."""
+    functions = _cuobjdump("-sass", "-arch", architecture, library).split("Function : ")[1:]
+    accesses = {}
+    for function in functions:
+        found = re.match(
+            r"\S*\d_(mixed_fake_quant|fake_quant)_cu\S*?\d(forward|backward)_kernelI(d|f|6__half|13__nv_bfloat16)\w*"
+            r"(RowTiles|ColumnTilesILi\d)",
+            function,
+        )
+        if found is None or found[4].endswith("Li1") or (found[1], found[4]) == ("mixed_fake_quant", "ColumnTilesILi2"):
+            continue  # columns one by one, or two in 4 bytes for lack of registers
+        loads, stores = (len(re.findall(rf"\b{name}\.E\S*\.128\b", function)) for name in ("LDG", "STG"))
+        accesses[(*found.groups(), function.partition("\n")[0])] = (loads, stores)
+    assert {key[:4] for key in accesses} >= {
+        (family, direction, dtype, "RowTiles")
+        for family in ("mixed_fake_quant", "fake_quant")
+        for direction in ("forward", "backward")
+        for dtype in ("d", "f", "6__half", "13__nv_bfloat16")
+    }
+    assert {key[3] for key in accesses if key[0] == "fake_quant"} == {
+        "RowTiles",
+        *(f"ColumnTilesILi{width}" for width in (2, 4, 8)),
+    }
+    # Backward reads the gradient as well.
+    wanted = {"forward": 1, "backward": 2}
+    assert [key for key, (loads, stores) in accesses.items() if loads < wanted[key[1]] or stores < 1] == []
+
+
 def test_needs_only_the_stable_interface_of_torch(library):
     if shutil.which("nm") is None:
         pytest.skip("nm is not on PATH")

@@ -1,4 +1,7 @@
-"""The CUDA kernels against the definition in plain torch, run on the CPU to share nothing with them."""
+"""The CUDA kernels against the definition in plain torch, run on the CPU to share nothing with them.
+
+What only a GPU can show of the Triton kernels is here too; tests/kernels has the rest of them.
+"""
 
 import os
 from collections.abc import Callable
@@ -7,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import asga.ops.library  # noqa: F401  (defines torch.ops.asga)
-from asga.ops import reference
+from asga.ops import backend, backends, reference
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -67,6 +69,13 @@ CASES: dict[str, tuple[tuple[int, ...], int | None, Callable[[Tensor], Tensor]]]
 }
 cases = pytest.mark.parametrize("case", CASES)
 offsets = pytest.mark.parametrize("offset", [False, True], ids=["symmetric", "zero points"])
+per_backend = pytest.mark.parametrize(
+    "name",
+    [
+        "cuda",
+        pytest.param("triton", marks=pytest.mark.skipif(bool(backends.unavailable("triton")), reason="no Triton here")),
+    ],
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -357,34 +366,67 @@ def _parameters() -> tuple[Tensor, ...]:
     return tuple(torch.tensor(values, device=DEVICE) for values in ([0.5, 0.25], [0.4, 0.6], [-1.4, 2.6]))
 
 
-def test_nothing_waits_for_the_gpu():
+@per_backend
+@cases
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf"), 1e-45], ids=str)
+def test_scales_that_mean_nothing_do_no_harm(case, scale, name):
+    """They are not checked, as that would stall the GPU; they still take the arithmetic of the definition."""
+    input, grad, axis, channels = _make(case, torch.float32)
+    bad, offset = torch.full((channels,), scale), _zero_point(channels, torch.float32)
+    several = torch.full((2,) if axis is None else (2, channels), scale)
+    one = (bad, offset, -4, 3, axis)
+    mixture = (several, torch.tensor([0.4, 0.6]), None, [-2, -8], [1, 7], axis)
+    with backend(name):
+        for operator, settings in (("fake_quant", one), ("mixed_fake_quant", mixture)):
+            forward, backward = operator, f"{operator}_backward"
+            given = [_on_device(t) if isinstance(t, Tensor) else t for t in settings]
+            output = getattr(torch.ops.asga, forward)(_on_device(input), *given)
+            _assert_same_bits(output, getattr(reference, forward)(input, *settings))
+            actual = getattr(torch.ops.asga, backward)(_on_device(grad), _on_device(input), *given)
+            expected = getattr(reference, backward)(grad, input, *settings)
+            _assert_same_bits(actual[0], expected[0])
+            for got, wanted in zip(actual[1:], expected[1:], strict=True):
+                assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+    torch.cuda.synchronize()  # an access out of bounds would be reported here
+
+
+@per_backend
+def test_nothing_waits_for_the_gpu(name):
     input, grad = torch.randn(2, 1 << 20, device=DEVICE)
     parameters = _parameters()
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        results = _all_operators(input, grad, parameters)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+    with backend(name):
+        _all_operators(input, grad, parameters)  # Triton compiles and loads its kernels, which may wait
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results = _all_operators(input, grad, parameters)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
     assert all(result.isfinite().all() for result in results)
 
 
-def test_a_captured_graph_computes_with_new_values():
+@per_backend
+def test_a_captured_graph_computes_with_new_values(name):
     input, grad = torch.randn(2, 1 << 20, device=DEVICE)
     parameters = _parameters()
-    _all_operators(input, grad, parameters)  # loads the kernels, which a capture does not allow
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = _all_operators(input, grad, parameters)
-    input.neg_()
-    parameters[0].mul_(1.5)
-    graph.replay()
-    for actual, expected in zip(captured, _all_operators(input, grad, parameters), strict=True):
-        assert torch.equal(actual, expected)
+    with backend(name):
+        _all_operators(input, grad, parameters)  # loads the kernels, which a capture does not allow
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = _all_operators(input, grad, parameters)
+        input.neg_()
+        parameters[0].mul_(1.5)
+        graph.replay()
+        first = [result.clone() for result in captured]
+        graph.replay()
+        for actual, again, expected in zip(captured, first, _all_operators(input, grad, parameters), strict=True):
+            assert torch.equal(actual, expected)
+            assert torch.equal(actual, again)
 
 
+@per_backend
 @pytest.mark.parametrize("axis", [None, 1], ids=["rows", "columns"])
-def test_more_than_2_to_31_values(axis):
+def test_more_than_2_to_31_values(axis, name):
     """All zero but for the end, which offsets of 32 bits would not reach."""
     rows, channels = 2**28 + 513, 8
     free, _ = torch.cuda.mem_get_info()
@@ -398,17 +440,18 @@ def test_more_than_2_to_31_values(axis):
     scales = torch.stack([scale, scale / 2]).reshape(2 if axis is None else (2, channels))
     on_cpu = input[end].cpu()
     one, several = (scale, None, -4, 3, axis), (scales, probs, None, [-2, -8], [1, 7], axis)
-    for name, settings in (("fake_quant", one), ("mixed_fake_quant", several)):
-        on_gpu = [s.to(DEVICE) if isinstance(s, Tensor) else s for s in settings]
-        output = getattr(torch.ops.asga, name)(input, *on_gpu)
-        _assert_same_bits(output[end], getattr(reference, name)(on_cpu, *settings))
-        assert not output[:-640].any()
-        del output
-        actual = getattr(torch.ops.asga, f"{name}_backward")(input, input, *on_gpu)
-        expected = getattr(reference, f"{name}_backward")(on_cpu, on_cpu, *settings)
-        _assert_same_bits(actual[0][end], expected[0])
-        assert not actual[0][:-640].any()
-        for got, wanted in zip(actual[1:], expected[1:], strict=True):
-            # Zeros add nothing, so the sums are those of the 5,120 values, in some order.
-            torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-3)
-        del actual
+    with backend(name):
+        for operator, settings in (("fake_quant", one), ("mixed_fake_quant", several)):
+            on_gpu = [s.to(DEVICE) if isinstance(s, Tensor) else s for s in settings]
+            output = getattr(torch.ops.asga, operator)(input, *on_gpu)
+            _assert_same_bits(output[end], getattr(reference, operator)(on_cpu, *settings))
+            assert not output[:-640].any()
+            del output
+            actual = getattr(torch.ops.asga, f"{operator}_backward")(input, input, *on_gpu)
+            expected = getattr(reference, f"{operator}_backward")(on_cpu, on_cpu, *settings)
+            _assert_same_bits(actual[0][end], expected[0])
+            assert not actual[0][:-640].any()
+            for got, wanted in zip(actual[1:], expected[1:], strict=True):
+                # Zeros add nothing, so the sums are those of the 5,120 values, in some order.
+                torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-3)
+            del actual

@@ -106,6 +106,22 @@ def test_nan_stays_and_infinities_clamp(device, assert_same_bits):
     assert grad_scale.tolist() == [QUANT_MAX + QUANT_MIN]
 
 
+@pytest.mark.parametrize("offset", [False, True], ids=["symmetric", "zero point"])
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf"), 1e-45], ids=str)
+@pytest.mark.parametrize("name", ["1025 values", "depthwise weight", "channels innermost"])
+def test_scales_that_mean_nothing_do_no_harm(name, scale, offset, cases, device, assert_same_bits):
+    """They are not checked, as that would stall a GPU; they still take the arithmetic of the definition."""
+    case = cases[name]
+    x = case.input(device, special=True)
+    scales, zero_point = _parameters(case, device)
+    arguments = (x, torch.full_like(scales, scale), zero_point if offset else None, QUANT_MIN, QUANT_MAX, case.axis)
+    assert_same_bits(kernels.fake_quant(*arguments), reference.fake_quant(*arguments))
+    actual = kernels.fake_quant_backward(torch.ones_like(x), *arguments)
+    expected = reference.fake_quant_backward(torch.ones_like(x), *arguments)
+    assert_same_bits(actual[0], expected[0])
+    assert [t.shape for t in actual] == [t.shape for t in expected]
+
+
 def test_the_range_includes_its_bounds_before_rounding(device):
     scale = torch.tensor([1.0], device=device)
     x = torch.tensor([-8.0, -8.25, 7.0, 7.25], device=device)

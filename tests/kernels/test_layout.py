@@ -64,9 +64,32 @@ def test_padding_idles_few_lanes(inner):
 def test_a_reduction_has_enough_and_not_too_many_programs(shape):
     axis = None if len(shape) == 1 else 1
     cut = layout.layout_of(torch.empty(shape, device="meta"), axis)
-    assert cut.splits * cut.channel_blocks <= layout._TARGET_PROGRAMS
-    values_per_partial = torch.Size(shape).numel() / (cut.splits * cut.channels)
+    assert layout._FEWEST_PROGRAMS <= cut.splits(4) * cut.channel_blocks <= layout._TARGET_PROGRAMS
+    values_per_partial = torch.Size(shape).numel() / (cut.splits(4) * cut.channels)
     assert values_per_partial >= layout._MIN_VALUES_PER_PARTIAL
+
+
+@pytest.mark.parametrize(
+    ("shape", "candidates", "offset", "most"),
+    [
+        pytest.param((64, 64, 56, 56), 1, False, 2**20, id="one quantizer"),
+        pytest.param((64, 64, 56, 56), 5, False, 2**20, id="64 channels"),
+        pytest.param((64, 256, 56, 56), 5, False, 1.4e6, id="256 channels"),
+        pytest.param((64, 256, 56, 56), 5, True, 2.8e6, id="256 channels, zero points"),
+        pytest.param((64, 2048, 7, 7), 5, False, 1.4e6, id="2048 channels"),
+        pytest.param((64, 2048, 7, 7), 8, True, 4.4e6, id="2048 channels, K=8, zero points"),
+        # A program for every block of channels: one sum for each scale.
+        pytest.param((64, 2**17, 1, 1), 5, False, 4 * 5 * 2**17, id="more channels than programs"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_partial_sums_take_few_bytes_and_leave_enough_programs(shape, candidates, offset, most, dtype):
+    x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+    cut = layout.layout_of(x, 1)
+    sum_bytes = 4 * candidates * (1 + offset)
+    splits = cut.splits(sum_bytes)
+    assert splits * cut.channels * sum_bytes <= most
+    assert splits * cut.channel_blocks >= min(0.75 * layout._FEWEST_PROGRAMS, cut.tiles * cut.channel_blocks / 8)
 
 
 def test_a_dense_tensor_is_not_copied():

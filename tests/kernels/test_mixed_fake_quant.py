@@ -97,6 +97,22 @@ def test_every_number_of_candidates(candidates, name, cases, device, assert_same
     _check_backward(_random_like(arguments[0]), arguments, assert_same_bits, assert_same_sum)
 
 
+@offsets
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf"), 1e-45], ids=str)
+@pytest.mark.parametrize("name", ["1025 values", "depthwise weight", "channels innermost"])
+def test_scales_that_mean_nothing_do_no_harm(name, scale, offset, cases, device, assert_same_bits):
+    """They are not checked, as that would stall a GPU; they still take the arithmetic of the definition."""
+    case = cases[name]
+    x, scales, *others = _arguments(case.input(device, special=True), case.axis, 2, offset=offset)
+    scales[-1] = scale  # beside a good candidate
+    arguments = (x, scales, *others)
+    assert_same_bits(kernels.mixed_fake_quant(*arguments), reference.mixed_fake_quant(*arguments))
+    actual = kernels.mixed_fake_quant_backward(_random_like(x), *arguments)
+    expected = reference.mixed_fake_quant_backward(_random_like(x), *arguments)
+    assert_same_bits(actual[0], expected[0])
+    assert [t.shape for t in actual] == [t.shape for t in expected]
+
+
 @pytest.mark.parametrize("name", ["4099 values", "wide rows", "channels innermost"])
 def test_a_program_that_adds_up_many_tiles(name, cases, device, assert_same_bits, assert_same_sum, monkeypatch):
     monkeypatch.setattr(layout, "_TARGET_PROGRAMS", 2)

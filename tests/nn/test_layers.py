@@ -1,5 +1,7 @@
 import copy
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -323,3 +325,21 @@ def test_bits_of_a_layer_are_checked():
         QuantLinear.from_float(linear, weight_bits=9, act_bits=4)
     with pytest.raises(ValueError, match=r"bits\[1\] is 1"):
         MixedLinear.from_float(linear, weight_bits=(2, 4), act_bits=(2, 1))
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler")
+def test_inductor_gives_the_values_and_gradients_of_eager():
+    # One network for both layers, a single quantizer and a mixture: inductor takes tens of seconds.
+    net = nn.Sequential(
+        QuantConv2d(3, 4, 3, weight_bits=4, act_bits=4),
+        nn.Flatten(),
+        MixedLinear(4, 4, weight_bits=(2, 8), act_bits=(2, 8)),
+    )
+    inputs = torch.randn(5, 3, 3, 3, requires_grad=True)
+    calibrate(net, [inputs.detach()])
+    torch._dynamo.reset()
+    results = []
+    for run in (net, torch.compile(net, fullgraph=True, dynamic=False)):
+        output = run(inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [inputs, *net.parameters()])])
+    torch.testing.assert_close(*results)

@@ -32,6 +32,29 @@ class TestFakeQuant:
         assert torch.equal(y, fake_quant(X, SCALE, quant_min=-8, quant_max=7))
         assert scale.grad.shape == shape
 
+    @per_backend
+    @pytest.mark.parametrize(
+        ("scale", "expected"),
+        [
+            (0.0, [0.0, float("nan"), 0.0]),
+            (-0.5, [-1.0, 0.0, 4.0]),
+            (float("nan"), [float("nan")] * 3),
+            (float("inf"), [float("nan")] * 3),
+        ],
+        ids=["zero", "negative", "NaN", "infinite"],
+    )
+    def test_bad_scales_give_what_the_docstring_says(self, scale, expected, name):
+        x, good = torch.tensor([-1.0, 0.0, 9.0]), torch.tensor([0.5])
+        with backend(name):
+            found = fake_quant(x, torch.tensor([scale]), quant_min=-8, quant_max=7)
+            alone = fake_quant(x, good, quant_min=-8, quant_max=7)
+            scales, probs = torch.tensor([0.5, scale]), torch.tensor([1.0, 1.0])
+            both = mixed_fake_quant(x, scales, probs, quant_mins=[-8, -8], quant_maxs=[7, 7])
+            none = mixed_fake_quant(x, scales, torch.tensor([1.0, 0.0]), quant_mins=[-8, -8], quant_maxs=[7, 7])
+        torch.testing.assert_close(found, torch.tensor(expected), equal_nan=True)
+        torch.testing.assert_close(both, alone + torch.tensor(expected), equal_nan=True)
+        assert torch.equal(none.isnan(), torch.tensor(expected).isnan())
+
     def test_an_axis_counts_from_either_end(self):
         scale = torch.linspace(0.1, 1, 6)
         last = fake_quant(X, scale, quant_min=-8, quant_max=7, axis=-1)

@@ -10,9 +10,12 @@ layout and a granularity (`LAYOUTS` x `GRANULARITIES`, at an odd shape), in two 
 and every granularity meets all four; and each size with the granularities that it is about (`SIZES`), in four dtypes.
 All of it without and with zero points, for both families. Interpreted Triton, a thousand times slower, gets a few
 (`INTERPRETED`).
+
+On small CPU tensors the functions go past the dispatcher (`asga.ops.direct`); all cases have the operators' bits there.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -22,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asga.ops import backend, backends, fake_quant, mixed_fake_quant
+from asga.ops import backend, backends, direct, fake_quant, mixed_fake_quant
 
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 QUANT_MINS, QUANT_MAXS = [-8, -2, 0], [7, 1, 7]
@@ -167,6 +170,56 @@ class TestIsAsGoodAsThePlainFormula:
         _check(name, case, dtype, 3, with_offset)
 
 
+@pytest.mark.skipif("cpu" not in COMPILED_OR_REFERENCE, reason="no CPU kernels here")
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("candidates", [1, 3], ids=["fake_quant", "mixed_fake_quant"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_past_the_dispatcher_are_the_bits_of_the_operators(
+    case, dtype, candidates, assert_same_bits, calls_past_the_dispatcher
+):
+    shape, granularity, view, view_of_grad = CASES[case]
+    generator = torch.Generator().manual_seed(candidates)
+    shape_of_scales = _shape_of_scales(CASES[case])
+    if candidates > 1:
+        shape_of_scales = (candidates, *(shape_of_scales if granularity else ()))
+    # Multiples of a quarter at scales of 1/4, 1/2 and 3/4: ties everywhere.
+    x = (torch.randn(shape, generator=generator) * 8).round() / 4
+    scales = torch.randint(1, 4, shape_of_scales, generator=generator) / 4
+    probs = torch.rand(candidates, generator=generator) if candidates > 1 else None
+    zero_points = torch.randn(shape_of_scales, generator=generator)
+    grad = (view_of_grad or view)(torch.randn(shape, generator=generator).to(DTYPES[dtype]))
+    sweep = "fake_quant" if candidates == 1 else "mixed_fake_quant"
+    for offset in (None, zero_points):
+        given = [None if t is None else t.to(DTYPES[dtype]) for t in (x, scales, offset, probs)]
+        given[0] = view(given[0])
+        given = [None if t is None else t.detach().requires_grad_() for t in given]
+        with backend("cpu"):
+            with calls_past_the_dispatcher() as calls:
+                found = _run(*given, candidates, granularity)
+                found = [found.detach(), *_gradients(found, given, grad)]
+            expected = _run_operators(*given, candidates, granularity)
+            expected = [expected.detach(), *_gradients(expected, given, grad)]
+        size = granularity.get("group_size")
+        used = [t if size is None else t.reshape(-1, size) for t in (given[0], grad)]
+        plain = [
+            dtype == "float32" and t.is_contiguous() and 0 < t.numel() * candidates <= direct._LARGEST for t in used
+        ]
+        assert calls == [sweep] * plain[0] + [f"{sweep}_backward"] * all(plain)
+        for actual, wanted in zip(found, expected, strict=True):
+            if wanted is not None:
+                assert_same_bits(actual, wanted)
+
+
+def test_some_of_every_kind_go_past_the_dispatcher():
+    """Of the cases above: otherwise that test would compare the operators with themselves."""
+    small = {name for name, case in CASES.items() if 0 < math.prod(case.shape) * 3 <= direct._LARGEST}
+    plain = {name for name in small if CASES[name].view(torch.zeros(CASES[name].shape)).is_contiguous()}
+    assert len(plain & set(SIZES)) > 30
+    assert {f"contiguous, {granularity}" for granularity in GRANULARITIES} <= plain
+    assert {"expanded gradient, axis 1", "unaligned, axis 0", "depthwise weight, channels_last"} <= plain
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("with_offset", [False, True], ids=["symmetric", "offset"])
 @pytest.mark.parametrize("candidates", [1, 3], ids=["fake_quant", "mixed_fake_quant"])
@@ -240,6 +293,29 @@ def _run(
         return fake_quant(x, scales, zero_points, quant_min=QUANT_MINS[0], quant_max=QUANT_MAXS[0], **granularity)
     ranges = {"quant_mins": QUANT_MINS[:candidates], "quant_maxs": QUANT_MAXS[:candidates]}
     return mixed_fake_quant(x, scales, probs, zero_points, **ranges, **granularity)
+
+
+def _run_operators(
+    x: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    probs: Tensor | None,
+    candidates: int,
+    granularity: dict[str, int],
+) -> Tensor:
+    """As `_run`, by `torch.ops.asga` with the gradients that are registered for it."""
+    axis, rows = granularity.get("axis"), x
+    if "group_size" in granularity:
+        axis, rows = 0, x.reshape(-1, granularity["group_size"])
+        lead = () if probs is None else (candidates,)
+        scales, zero_points = (None if p is None else p.reshape(*lead, -1) for p in (scales, zero_points))
+    axis = axis if axis is None else axis % rows.dim()
+    if probs is None:
+        y = torch.ops.asga.fake_quant(rows, scales, zero_points, QUANT_MINS[0], QUANT_MAXS[0], axis)
+    else:
+        ranges = QUANT_MINS[:candidates], QUANT_MAXS[:candidates]
+        y = torch.ops.asga.mixed_fake_quant(rows, scales, probs, zero_points, *ranges, axis)
+    return y.reshape(x.shape)
 
 
 class Bound(NamedTuple):

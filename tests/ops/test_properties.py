@@ -3,6 +3,7 @@
 The examples are the same on every run, so that a failure is one of the code and not of the day.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asga.ops import backends, reference
+from asga.ops import backends, fake_quant, mixed_fake_quant, reference
 
 ops = torch.ops.asga
 
@@ -108,6 +109,19 @@ def _several(example: Example) -> tuple:
     return x, scales, probs, zero_points, MINS[: len(scales)], MAXS[: len(scales)], axis
 
 
+def _plainly(example: Example) -> Example:
+    """The example as tensors that need no dispatcher: float32, in order, without gaps."""
+    plain = [t.float().contiguous() if isinstance(t, Tensor) else t for t in example]
+    return Example(*plain)
+
+
+def _with_gradients(run: Callable[..., Tensor], tensors: list[Tensor | None], grad: Tensor) -> list[Tensor]:
+    """What `run` returns, and the gradients of the tensors that there are."""
+    leaves = [None if t is None else t.detach().contiguous().requires_grad_() for t in tensors]
+    y = run(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], grad)]
+
+
 class TestBits:
     @repeatable
     @given(example=examples(special=True))
@@ -124,6 +138,40 @@ class TestBits:
         assert_same_bits(ops.mixed_fake_quant(*arguments), reference.mixed_fake_quant(*arguments))
         found = ops.mixed_fake_quant_backward(example.grad, *arguments)
         assert_same_bits(found[0], reference.mixed_fake_quant_backward(example.grad, *arguments)[0])
+
+
+class TestPastTheDispatcher:
+    """On small contiguous float32 the functions call the sweeps themselves, with the bits of the operators."""
+
+    @repeatable
+    @given(example=examples(special=True).map(_plainly))
+    def test_fake_quant(self, assert_same_bits, calls_past_the_dispatcher, example):
+        *tensors, low, high, axis = _one(example)
+
+        def directly(*given: Tensor) -> Tensor:
+            return fake_quant(*given, quant_min=low, quant_max=high, axis=axis)
+
+        with calls_past_the_dispatcher() as calls:
+            found = _with_gradients(directly, tensors, example.grad)
+        assert calls == (["fake_quant", "fake_quant_backward"] if example.x.numel() else [])
+        expected = _with_gradients(lambda *given: ops.fake_quant(*given, low, high, axis), tensors, example.grad)
+        for actual, wanted in zip(found, expected, strict=True):
+            assert_same_bits(actual, wanted)
+
+    @repeatable
+    @given(example=examples(special=True).map(_plainly))
+    def test_mixed_fake_quant(self, assert_same_bits, calls_past_the_dispatcher, example):
+        *tensors, mins, maxs, axis = _several(example)
+
+        def directly(*given: Tensor) -> Tensor:
+            return mixed_fake_quant(*given, quant_mins=mins, quant_maxs=maxs, axis=axis)
+
+        with calls_past_the_dispatcher() as calls:
+            found = _with_gradients(directly, tensors, example.grad)
+        assert calls == (["mixed_fake_quant", "mixed_fake_quant_backward"] if example.x.numel() else [])
+        expected = _with_gradients(lambda *given: ops.mixed_fake_quant(*given, mins, maxs, axis), tensors, example.grad)
+        for actual, wanted in zip(found, expected, strict=True):
+            assert_same_bits(actual, wanted)
 
 
 class TestSums:
