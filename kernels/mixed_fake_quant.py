@@ -179,16 +179,16 @@ def mixed_fake_quant_backward(
 
 
 def _layout(input: Tensor, axis: int | None, candidates: int, zero_points: Tensor | None) -> Layout:
-    """Tiles half as large with zero points or the most candidates, whose bounds and sums take registers."""
-    return layout_of(input, axis, vectors=2 if zero_points is None and candidates < 8 else 1)
+    """Tiles half as large with zero points or many candidates, whose bounds and sums take registers."""
+    return layout_of(input, axis, vectors=2 if zero_points is None and candidates < 7 else 1)
 
 
 def _most_registers(candidates: int, zero_points: Tensor | None) -> int | None:
     """For a thread of the backward kernel; None leaves the choice to the compiler, which spills in these cases.
 
-    Elsewhere it finds a number with more threads on a multiprocessor than it does when it is given all of them.
+    Elsewhere it finds a number with more threads on a multiprocessor than when it may use all registers.
     """
-    return 255 if candidates == 2 or (candidates == 7 and zero_points is not None) else None
+    return 240 if (candidates, zero_points is not None) in ((2, False), (5, True), (7, False)) else None
 
 
 @triton.jit
