@@ -130,7 +130,7 @@ def _asga(tensors: Tensors) -> Stepper:
             ops.sam_adam.default(*lists, steps, coefficients, None, LR, *BETAS, EPS, WEIGHT_DECAY, True)
 
     def step() -> None:
-        # These gradients live on, so asga copies g0 where it needs it: one write more than after a backward pass.
+        # These gradients live on, so asga copies g0 where it needs it: a write more than after a backward pass.
         tensors.give(first)
         optimizer.first_step(loss)
         tensors.give(second)

@@ -84,11 +84,14 @@ class Radius:
         self.rho.mul_(factor)
 
     def bound(self) -> None:
-        """Bring a radius of an earlier run within the bounds of this one; a constant one is that of this one."""
+        """Bring a radius of an earlier run below the bound of this one; a constant one is that of this one.
+
+        One that `scale` has taken below `rho_min` stays there until the next step moves it, as without interruption.
+        """
         if self.rule == "constant":
             self.rho.fill_(self.rho_max)
         else:
-            self.rho.clamp_(self.rho_min, self.rho_max)
+            self.rho.clamp_(max=self.rho_max)
 
     def count(self, name: str) -> Tensor:
         """One of the counters, 0-dim; not a copy."""
