@@ -98,7 +98,9 @@ def check_memory(groups: list[dict[str, object]]) -> None:
             name = describe(group, index)
             if any(n > 1 and stride == 0 for n, stride in zip(param.shape, param.stride(), strict=True)):
                 raise ValueError(f"{name} has several values in one place of its memory (it is expanded): clone it")
-            if (other := found.setdefault(param.data_ptr(), name)) is not name:
+            # Sharded training takes memory away for a while: the address is 0 then.
+            place = param.data_ptr()
+            if place != 0 and (other := found.setdefault(place, name)) is not name:
                 raise ValueError(f"{other} and {name} share their memory: make them one parameter, or clone one")
 
 

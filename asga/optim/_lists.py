@@ -109,8 +109,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def held_elsewhere(param: Tensor) -> bool:
-    """Whether more than the parameter holds its gradient: whoever else does may write into it."""
-    return any(now > alone for now, alone in zip(_references(param), _ONLY_REFERENCES, strict=True))
+    """Whether somebody else holds the gradient of a parameter, too, and may write into it."""
+    return _references(param) > _ONLY_REFERENCE
 
 
 def is_unaliased(grad: Tensor) -> bool:
@@ -131,16 +131,15 @@ def _holders(storage: torch.UntypedStorage) -> int | None:
     return None if count is None else count(storage._cdata)
 
 
-def _references(param: Tensor) -> tuple[int, int]:
-    """How many names in Python and how many places in C++ hold the gradient of a parameter."""
-    grad = param.grad
-    return sys.getrefcount(grad), grad._use_count()
+def _references(param: Tensor) -> int:
+    """How many hold the object that the gradient of a parameter is in Python."""
+    return sys.getrefcount(param.grad)
 
 
 # Of a gradient that only the parameter holds.
 _PARAM = torch.nn.Parameter(torch.empty(1))
 _PARAM.grad = torch.empty(1)
-_ONLY_REFERENCES = _references(_PARAM)
+_ONLY_REFERENCE = _references(_PARAM)
 
 # Of a tensor that is surely alone.
 _ALONE = torch.empty(1)

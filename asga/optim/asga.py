@@ -134,6 +134,9 @@ class ASGA(WrappingOptimizer):
         Yu et al., NeurIPS 2020, applied to g0 alone.
     """
 
+    # Of the methods below that torch.compile leaves out of its graphs, torch's own decorator, which its optimizers use:
+    # torch.compiler.disable would import the compiler, seconds, with this module.
+
     _in_step = False  # whether `step` is running
 
     def __init__(

@@ -72,6 +72,10 @@ def test_values_that_share_their_place_are_refused():
     assert len(optimizer.param_groups) == 1
     whole = torch.ones(6)
     ASGA([nn.Parameter(whole[:2]), nn.Parameter(whole[2:]), parameter(0), parameter(0)])
+    without_memory = [parameter(3), parameter(3)]
+    for param in without_memory:
+        param.untyped_storage().resize_(0)
+    ASGA(without_memory)
 
 
 @pytest.mark.parametrize("params", [[], [{"params": []}]], ids=["no parameters", "an empty group"])
