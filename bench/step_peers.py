@@ -130,9 +130,14 @@ def _asga(tensors: Tensors) -> Stepper:
             ops.sam_adam.default(*lists, steps, coefficients, None, LR, *BETAS, EPS, WEIGHT_DECAY, True)
 
     def step() -> None:
-        # These gradients live on, so asga copies g0 where it needs it: a write more than after a backward pass.
         tensors.give(first)
-        optimizer.first_step(loss)
+        if case.variant == "gsam":
+            # As after a backward pass, nobody but the parameters holds g0: one that lives on elsewhere is copied.
+            first.clear()
+            optimizer.first_step(loss)
+            first.extend(optimizer._pending.first_grads.values())
+        else:
+            optimizer.first_step(loss)
         tensors.give(second)
         optimizer.second_step(loss)
 
