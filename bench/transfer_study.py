@@ -7,6 +7,9 @@ all cells of a model share, and fine-tunes it on the target, from a float model 
 images that only the seed decides: differences between two methods are paired by seed. Every policy is fine-tuned by
 plain SGD, so that only the policies differ; equal policies of one seed are fine-tuned once.
 
+A method may carry options of the searcher or of its optimizer, as in ``sgd:held_out=0.2`` or
+``asga:rho_max=0.1,perturb="quantized"``, and is a row of its own then.
+
 Cells are written as they finish; the same command goes on with what is missing. ``study.json`` in the folder has every
 cell, ``study.md`` the table.
 """
@@ -17,6 +20,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -113,15 +117,17 @@ class Study:
         if path.exists():
             return SearchResult.load(path)
         model = self._float_model("proxy", self._proxy)
+        kind, options = _parse(method)
         torch.manual_seed(seed)
         searcher = PolicySearcher(
             model,
             budget=Budget(bitops=budget),
             epochs=_SEARCH_EPOCHS,
-            method=method,
+            method=kind,
             autocast=self._autocast,
             progress=_Printed(name),
             meta={"architecture": self._model, "method": method, "seed": seed},
+            **options,
         )
         result = searcher.fit(self._proxy.with_seed(seed))
         write_json(self._out / f"{name}.history.json", {"history": result.history})
@@ -212,6 +218,16 @@ class _Printed:
             numbers = ", ".join(f"{key} {value:.3f}" for key, value in progress.metrics.items())
             seconds = time.perf_counter() - self._started
             print(f"{self._name}: epoch {progress.epoch}/{progress.epochs}, {numbers}, {seconds:.0f} s", flush=True)
+
+
+def _parse(method: str) -> tuple[str, dict[str, object]]:
+    """The method of the searcher, and options for `PolicySearcher`, of ``method:name=value,name=value``."""
+    kind, _, rest = method.partition(":")
+    options = {}
+    for name, _, value in (pair.partition("=") for pair in rest.split(",") if pair):
+        where = options if name in signature(PolicySearcher).parameters else options.setdefault("optimizer_options", {})
+        where[name] = json.loads(value)
+    return kind, options
 
 
 def _batches(spec: str, split: str, limit: int | None, like: Batches | None = None) -> Batches:

@@ -1,5 +1,6 @@
 """The study of search methods, on a few digits."""
 
+import functools
 import json
 
 import pytest
@@ -48,3 +49,38 @@ def test_equal_policies_of_a_seed_share_their_fine_tuning(study, capsys):
     assert cells[0]["policy"] == cells[1]["policy"]
     assert cells[0]["loss"] == cells[1]["loss"]
     assert capsys.readouterr().out.count("on the target") == 1
+
+
+@pytest.mark.filterwarnings("ignore:the policy is not better than uniform bits")
+def test_a_method_may_carry_options(study, monkeypatch, tmp_path):
+    made = []
+    searcher = transfer_study.PolicySearcher
+
+    class Noted(searcher):
+        @functools.wraps(searcher.__init__)  # its arguments are asked for
+        def __init__(self, model, **options):
+            super().__init__(model, **options)
+            made.append(self)
+
+    monkeypatch.setattr(transfer_study, "PolicySearcher", Noted)
+    cells = study("--methods", 'asga:held_out=0.5,rho_max=0.1,perturb="latent"', "--seeds", "0")
+    assert [cell["method"] for cell in cells] == ['asga:held_out=0.5,rho_max=0.1,perturb="latent"']
+    assert (made[0].method, made[0].held_out) == ("asga", 0.5)
+    assert made[0].optimizer_options == {"rho_max": 0.1, "perturb": "latent"}
+    assert "| asga:held_out=0.5" in (tmp_path / "study.md").read_text()
+
+
+def test_the_total_stride_is_that_of_small_images_unless_asked(study, monkeypatch):
+    asked = []
+    build = transfer_study.build_model
+
+    def noted(name, *arguments, **options):
+        asked.append(options)
+        return build("resnet20", *arguments)
+
+    monkeypatch.setattr(transfer_study, "build_model", noted)
+    study("--models", "mobilenet_v2", "--methods", "uniform", "--seeds", "0")
+    assert {options["small_images"] for options in asked} == {True}
+    asked.clear()
+    study("--models", "resnet18", "--methods", "uniform", "--seeds", "0", "--total-stride", "32")
+    assert {options["small_images"] for options in asked} == {False}
