@@ -28,6 +28,7 @@ def fake_quant_function(quant_min: int, quant_max: int, axis: int | None) -> Cal
             ctx.save_for_backward(*given)
             ctx.layout = direct.layout(1, axis, *given)
             if ctx.layout is not None:
+                ctx.counts = _counts(given)
                 return direct.fake_quant(ctx.layout, input, scale, zero_point, *ranges)
             with _below_autograd():
                 return torch.ops.asga.fake_quant.default(input, scale, zero_point, *ranges, axis)
@@ -59,6 +60,7 @@ def mixed_fake_quant_function(
             ctx.save_for_backward(*given)
             ctx.layout = direct.layout(len(quant_mins), axis, *given)
             if ctx.layout is not None:
+                ctx.counts = _counts(given)
                 return direct.mixed_fake_quant(ctx.layout, input, scales, probs, zero_points, *ranges)
             with _below_autograd():
                 return torch.ops.asga.mixed_fake_quant.default(input, scales, probs, zero_points, *ranges, axis)
@@ -93,7 +95,7 @@ def _directly(ctx, grad: Tensor, saved: tuple[Tensor, ...]) -> bool:
 
     Not with create_graph=True: the operator then says that there is no second derivative. Not under vectorized
     autograd, whose batches of gradients have no memory of their own. And not if hooks on saved tensors have brought
-    back something else.
+    back something else, or `tensor.data` is another one by now: the operator refuses a size that does not fit.
     """
     return (
         ctx.layout is not None
@@ -101,4 +103,9 @@ def _directly(ctx, grad: Tensor, saved: tuple[Tensor, ...]) -> bool:
         and not torch._C._functorch.is_legacy_batchedtensor(grad)
         and direct.plain(grad)
         and all(map(direct.plain, saved))
+        and _counts(saved) == ctx.counts
     )
+
+
+def _counts(tensors: tuple[Tensor, ...]) -> list[int]:
+    return [tensor.numel() for tensor in tensors]

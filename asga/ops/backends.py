@@ -8,6 +8,7 @@ backend by hand puts an override on top and takes it away again, so the default 
 import importlib
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,11 +39,16 @@ def set_backend(name: str | None) -> None:
         ValueError: `name` is not a backend.
         RuntimeError: The backend is not there; the message says why.
     """
-    global _override, _chosen
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}, or None")
     if name is not None and (reason := unavailable(name)) is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    with _switching:
+        _switch(name)
+
+
+def _switch(name: str | None) -> None:
+    global _override, _chosen
     implementations = {"reference": _reference, "triton": _triton}.get(name)
     keys = ["CUDA", "CPU"]
     if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -203,6 +209,7 @@ def _register(target: torch.library.Library, implementations: Callable[[str], Ca
         target.impl(operator, implementations(operator), key)
 
 
+_switching = threading.Lock()
 _override: torch.library.Library | None = None
 _chosen: str | None = None
 _announced: set[str] = set()

@@ -3,6 +3,9 @@
 Run as a program, this file calls the launchers on CPU tensors while each launch compiles its kernel instead
 of running it, and prints what the compiler made of it. So what is tested has the tiles, types and alignments
 of a real launch. That needs processes without TRITON_INTERPRET: one for each architecture, for all tests.
+
+With ASGA_TEST_LARGE=1 every input is compiled for every architecture, and the widest with all numbers of candidates.
+Without, one architecture gets all inputs, and the others those whose kernels are short of registers.
 """
 
 import ast
@@ -19,9 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-# The first test waits for all compilations, minutes on two cores.
+# The first test waits for all compilations: a minute on two free cores, several if they are busy or with all of them.
 pytestmark = pytest.mark.timeout(900)
+LARGE = os.environ.get("ASGA_TEST_LARGE") == "1"
 ARCHITECTURES = [80, 90, 100]
+# Gets all inputs and dtypes.
+THOROUGH = 90
 DEFAULT_CANDIDATES = 5
 MAX_CANDIDATES = 8
 # Name, shape, axis and dtype of an input. All but the last are aligned, as those of most layers are.
@@ -33,12 +39,17 @@ INPUTS = [
     ("channels innermost, float32", (4096, 512), 1, torch.float32),
     ("depthwise, bfloat16", (512, 9), 0, torch.bfloat16),
 ]
-# Those whose kernels keep the most sums: compiled for other numbers of candidates, too.
+# Those whose kernels keep the most sums.
 WIDEST = ("per channel, bfloat16", "channels innermost, float32")
-# On every architecture with all numbers of candidates, without and with zero points: here registers are scarce.
-EVERY_NUMBER = ("per channel, bfloat16",)
-# Candidates, and whether with zero points, for which the compiler left to itself would spill.
-FRUGAL = {"per channel, float32": [(2, False)], "depthwise, bfloat16": [(5, True), (7, False)]}
+ALL_NUMBERS = [(candidates, offset) for candidates in range(2, MAX_CANDIDATES + 1) for offset in (False, True)]
+# Candidates, and whether with zero points, that need the most registers, or for which the compiler left to itself would
+# spill. The default number is compiled for every input.
+SCARCE = {
+    "per channel, float32": [(2, False)],
+    "per channel, bfloat16": [(5, True), (7, False), (7, True), (8, False), (8, True)],
+    "channels innermost, float32": [(7, True), (8, True)],
+    "depthwise, bfloat16": [(5, True), (7, False)],
+}
 # Architecture, input and bytes of the one kernel that spills: seven candidates with zero points. With more registers it
 # would spill on sm_100 instead.
 SPILLS = (80, "per channel, bfloat16", 8)
@@ -85,25 +96,28 @@ def _compile_all(architecture: int) -> list[dict]:
 
     JITFunction.run = compile_only
     driver.set_active(Target(architecture))
+    thorough = LARGE or architecture == THOROUGH
     for name, shape, axis, dtype in INPUTS:  # compile_only reads the name
+        if not thorough and name not in SCARCE:
+            continue
         x = torch.zeros(shape, dtype=dtype)
-        # float32 with and bfloat16 without zero points: a representative half of the combinations
         _launch_single(x, axis, offset=dtype == torch.float32)
-        _launch_mixture(x, axis, DEFAULT_CANDIDATES, offset=dtype == torch.float32)
-        if name in WIDEST:
-            _launch_mixture(x, axis, MAX_CANDIDATES, offset=True)
-        if name in EVERY_NUMBER or (name in WIDEST and architecture == 90):
-            for candidates in range(2, MAX_CANDIDATES + 1):
-                _launch_mixture(x, axis, candidates, offset=candidates % 2 == 1)
-                if name in EVERY_NUMBER:
-                    _launch_mixture(x, axis, candidates, offset=candidates % 2 == 0)
-        for candidates, offset in FRUGAL.get(name, []):
-            _launch_mixture(x, axis, candidates, offset=offset)
+        for candidates, offset in _numbers(name, dtype):
+            # Forward keeps no sums, so that registers are scarce for no number.
+            _launch_mixture(x, axis, candidates, offset=offset, forward=LARGE or candidates == DEFAULT_CANDIDATES)
     # Few train in float64: one architecture stands for all.
-    for step in STEPS if architecture == 90 else STEPS[:2]:
+    for step in STEPS if architecture == THOROUGH else STEPS[: 2 if LARGE else 1]:
         name = step[0]  # compile_only reads it
         _launch_step(*step[1:])
     return list(records.values())
+
+
+def _numbers(name: str, dtype: torch.dtype) -> list[tuple[int, bool]]:
+    """Numbers of candidates to compile for an input, and whether with zero points."""
+    if LARGE and name in WIDEST:
+        return ALL_NUMBERS
+    # float32 with and bfloat16 without zero points: a representative half of the combinations
+    return [(DEFAULT_CANDIDATES, dtype == torch.float32), *SCARCE.get(name, [])]
 
 
 def _launch_single(x: torch.Tensor, axis: int | None, *, offset: bool) -> None:
@@ -115,14 +129,15 @@ def _launch_single(x: torch.Tensor, axis: int | None, *, offset: bool) -> None:
     fake_quant.fake_quant_backward(x, x, *arguments)
 
 
-def _launch_mixture(x: torch.Tensor, axis: int | None, candidates: int, *, offset: bool) -> None:
+def _launch_mixture(x: torch.Tensor, axis: int | None, candidates: int, *, offset: bool, forward: bool) -> None:
     from asga.kernels import mixed_fake_quant
 
     scales = torch.ones(candidates, *(() if axis is None else (x.shape[axis],)))
     zero_points = torch.ones_like(scales) if offset else None
     ranges = ([-(2**k) for k in range(1, candidates + 1)], [2**k - 1 for k in range(1, candidates + 1)])
     arguments = (scales, torch.ones(candidates), zero_points, *ranges, axis)
-    mixed_fake_quant.mixed_fake_quant(x, *arguments)
+    if forward:
+        mixed_fake_quant.mixed_fake_quant(x, *arguments)
     mixed_fake_quant.mixed_fake_quant_backward(x, x, *arguments)
 
 
@@ -199,11 +214,11 @@ def test_every_kernel_compiles(compiled, architecture):
 
 
 def test_nothing_else_spills(compiled):
-    mixtures = [
-        r for r in compiled if (r["kernel"], r["input"]) == ("_mixed_fake_quant_backward_kernel", *EVERY_NUMBER)
-    ]
-    assert {r["architecture"] for r in mixtures} == set(ARCHITECTURES)
-    assert len(mixtures) == len(ARCHITECTURES) * 2 * len(range(2, MAX_CANDIDATES + 1))
+    backward = [r for r in compiled if r["kernel"] == "_mixed_fake_quant_backward_kernel"]
+    for name, _, _, dtype in INPUTS:
+        architectures = ARCHITECTURES if LARGE or name in SCARCE else [THOROUGH]
+        found = sorted(r["architecture"] for r in backward if r["input"] == name)
+        assert found == sorted(architectures * len(_numbers(name, dtype)))
     spilled = [record for record in compiled if record["stack"] or record["local"]]
     assert [(r["architecture"], r["input"], r["stack"]) for r in spilled] in ([SPILLS], [])
     assert all(r["kernel"] == "_mixed_fake_quant_backward_kernel" and not r["local"] for r in spilled)

@@ -1,5 +1,7 @@
 """Choosing a backend, saying which one serves, and saying so when there is none but the reference."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -56,6 +58,12 @@ class TestChoosing:
         assert get_backend() == name
         _use_all_operators()
         assert calls == []
+
+    def test_threads_may_choose_at_the_same_time(self):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(set_backend, ["reference", None] * 50))
+        set_backend(None)
+        _use_all_operators()
 
     def test_a_block_ends_with_the_choice_it_started_from(self, calls):
         set_backend("reference")

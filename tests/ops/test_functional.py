@@ -414,6 +414,18 @@ def test_hooks_may_bring_saved_tensors_back_in_another_dtype(name):
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)  # half a scale's precision moves x / s
 
 
+@per_backend
+@pytest.mark.parametrize("which", [0, 1], ids=["input", "scale"])
+def test_memory_that_shrinks_before_backward_is_refused(which, name):
+    """As sharded training frees a parameter: it sets `data`, of which autograd's count of versions knows nothing."""
+    tensors = _needs_grad(X, _CHANNEL_SCALE)
+    with backend(name):
+        output = fake_quant(*tensors, quant_min=-8, quant_max=7, axis=1).sum()
+        tensors[which].data = torch.empty(1) if which else torch.empty(1, 6)
+        with pytest.raises(RuntimeError, match=r"scale has 1 elements, but \d+ are needed|shape of input"):
+            output.backward()
+
+
 def _needs_grad(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.clone().requires_grad_() for tensor in tensors]
 
