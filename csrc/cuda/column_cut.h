@@ -18,7 +18,7 @@ constexpr int64_t kMaxColumnBlocks = 1024;
 // Each block leaves one partial sum per column and term. Within this many bytes of them the blocks may be that many.
 constexpr int64_t kPartialBytes = int64_t{1} << 20;
 // Beyond, they are no fewer than four for each of 132 multiprocessors, which hold two or three of a mixture at once.
-constexpr int64_t kFewestColumnBlocks = 4 * 132;
+constexpr int64_t kFewestBlocks = 4 * 132;
 // A warp reads one run of memory. Wider blocks would leave more sums, narrower ones read less than 128 bytes at a time.
 constexpr int64_t kWidestColumns = 32;
 
@@ -31,7 +31,7 @@ inline ColumnCut cut_columns(int64_t outer, int64_t vectors, int per_vector, int
   int64_t most = kMaxColumnBlocks / blocks;
   if (sum_bytes > 0) {
     const int64_t within = kPartialBytes / (vectors * per_vector * sum_bytes);
-    most = std::min(most, std::max(within, ceil_div(kFewestColumnBlocks, blocks)));
+    most = std::min(most, std::max(within, ceil_div(kFewestBlocks, blocks)));
   }
   const int64_t height = ceil_div(outer, lanes * std::max<int64_t>(1, most)) * lanes;
   return {width, height, ceil_div(outer, height)};

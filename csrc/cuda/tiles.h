@@ -16,6 +16,7 @@
 #include "../tensor_layout.h"
 #include "column_cut.h"
 #include "reduce.h"
+#include "row_cut.h"
 
 namespace asga {
 
@@ -72,52 +73,39 @@ __device__ __forceinline__ Vector<T, N> narrow(const A (&wide)[N]) {
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A row, the `inner` values of one (outer, channel), belongs to a part of a warp if it is short, else to one or more
-// blocks. Every thread meets a single channel.
+// blocks. They take the next rows of the same channel, too, where each row would leave too many sums. Every thread
+// meets a single channel.
 struct RowTiles {
   static constexpr int kChannels = 1;  // that a thread meets
 
-  int64_t rows, channels, inner;
-  int64_t piece;  // values of a row per tile
-  int pieces;     // tiles per row
-  int team;       // threads per tile: a block, a warp, or a power of two below
-  bool aligned;   // every tensor starts on a 16-byte boundary
+  int64_t outer, channels, inner;
+  RowCut size;
+  bool aligned;  // every tensor starts on a 16-byte boundary
 
   struct Tile {
-    int64_t row, channel, slot, begin, end;
+    int64_t channel, slot;
+    int64_t begin, end;  // offsets: where its piece of the first row begins, and before which that of the last one does
+    int64_t length;      // of each piece
   };
 
-  // One vector per thread while that needs at most this many blocks, then more vectors per thread. Bounds the
-  // partial sums to this many per term and gives the large GPUs (about 150 multiprocessors) a dozen blocks
-  // each.
-  static constexpr int64_t kMaxBlocks = 2048;
-  // Smaller teams would read less than 128 contiguous bytes at a time.
-  static constexpr int kMinTeam = 8;
-
-  static RowTiles cut(const ChannelLayout& layout, int vector, bool aligned) {
-    const int64_t rows = layout.outer * layout.channels, vectors = ceil_div(layout.inner, vector);
-    // A block for a row that would leave more than half of it idle is better spent on eight rows or more.
-    if (vectors < kThreads / 2) {
-      int team = kMinTeam;
-      while (team < kWarp && 2 * team < vectors) team *= 2;
-      return {rows, layout.channels, layout.inner, layout.inner, 1, team, aligned};
-    }
-    const int64_t most = std::max<int64_t>(1, kMaxBlocks / rows);
-    const int64_t piece = ceil_div(vectors, kThreads * most) * kThreads * vector;
-    const int pieces = static_cast<int>(ceil_div(layout.inner, piece));
-    return {rows, layout.channels, layout.inner, piece, pieces, kThreads, aligned};
+  static RowTiles cut(const ChannelLayout& layout, int vector, bool aligned, int64_t sum_bytes) {
+    const RowCut size = cut_rows(layout.outer, layout.channels, layout.inner, vector, sum_bytes, kThreads, kWarp);
+    return {layout.outer, layout.channels, layout.inner, size, aligned};
   }
 
   dim3 grid() const {
-    return dim3(static_cast<unsigned>(ceil_div(rows, kThreads / team)), static_cast<unsigned>(pieces));
+    const int64_t tiles = ceil_div(outer, size.height) * channels;
+    return dim3(static_cast<unsigned>(ceil_div(tiles, kThreads / size.team)), static_cast<unsigned>(size.pieces));
   }
-  __host__ __device__ int64_t slots() const { return rows / channels * pieces; }
+  __host__ __device__ int64_t slots() const { return ceil_div(outer, size.height) * size.pieces; }
 
-  // Empty past the last row, with a valid channel.
+  // Empty past the last row, with a valid channel. Adjacent teams have adjacent channels, so adjacent memory.
   __device__ Tile tile() const {
-    const int64_t row = blockIdx.x * int64_t{kThreads / team} + threadIdx.x / team;
-    const int64_t outer = row / channels, start = blockIdx.y * piece;
-    const int64_t end = row < rows ? min(start + piece, inner) : start;
-    return {row, row - outer * channels, outer * pieces + blockIdx.y, row * inner + start, row * inner + end};
+    const int64_t team = blockIdx.x * int64_t{kThreads / size.team} + threadIdx.x / size.team;
+    const int64_t group = team / channels, channel = team - group * channels, start = blockIdx.y * size.piece;
+    const int64_t first = group * size.height, last = min(first + size.height, outer);
+    return {channel, group * size.pieces + blockIdx.y, (first * channels + channel) * inner + start,
+            (last * channels + channel) * inner, min(size.piece, inner - start)};
   }
 
   __device__ int64_t channel(const Tile& tile, int) const { return tile.channel; }
@@ -125,16 +113,20 @@ struct RowTiles {
   // Calls body(offset, width): vectors where they are aligned, single values before and after them.
   template <int N, typename F>
   __device__ __forceinline__ void for_each(const Tile& tile, const F& body) const {
-    const int lane = threadIdx.x % team;
-    const int64_t first = aligned ? min(ceil_div(tile.begin, N) * N, tile.end) : tile.end;
-    const int64_t last = aligned ? max(tile.end / N * N, first) : tile.end;
-    const int64_t before = first - tile.begin, singles = before + tile.end - last;
+    const int team = size.team, lane = threadIdx.x % team;
 #pragma unroll 1
-    for (int64_t j = lane; j < singles; j += team) {
-      body(j < before ? tile.begin + j : last + j - before, std::integral_constant<int, 1>{});
+    for (int64_t begin = tile.begin; begin < tile.end; begin += channels * inner) {
+      const int64_t end = begin + tile.length;
+      const int64_t first = aligned ? min(ceil_div(begin, N) * N, end) : end;
+      const int64_t last = aligned ? max(end / N * N, first) : end;
+      const int64_t before = first - begin, singles = before + end - last;
+#pragma unroll 1
+      for (int64_t j = lane; j < singles; j += team) {
+        body(j < before ? begin + j : last + j - before, std::integral_constant<int, 1>{});
+      }
+#pragma unroll 1
+      for (int64_t i = first + lane * N; i < last; i += team * N) body(i, std::integral_constant<int, N>{});
     }
-#pragma unroll 1
-    for (int64_t i = first + lane * N; i < last; i += team * N) body(i, std::integral_constant<int, N>{});
   }
 
   // Writes the team's sum of each of the first `count` terms to partials[term][channel][slot]. All threads call it.
@@ -143,12 +135,12 @@ struct RowTiles {
     const int64_t stride = channels * slots();
     A* mine = partials + tile.channel * slots() + tile.slot;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    if (team <= kWarp) {
-      const bool writes = threadIdx.x % team == 0 && tile.row < rows;
+    if (size.team <= kWarp) {
+      const bool writes = threadIdx.x % size.team == 0 && tile.begin < tile.end;
 #pragma unroll
       for (int t = 0; t < N; ++t) {
         if (t >= count) break;
-        const A total = warp_sum(terms[t][0], team);
+        const A total = warp_sum(terms[t][0], size.team);
         if (writes) mine[t * stride] = total;
       }
       return;
@@ -254,7 +246,7 @@ using Tiles = std::conditional_t<W == 1, std::variant<RowTiles, ColumnTiles<1>>,
 template <int W>
 Tiles<W> cut_tiles(const ChannelLayout& layout, int vector, bool aligned, int64_t sum_bytes) {
   const bool short_rows = layout.inner < kWarp && layout.outer >= kWarp;
-  if (layout.inner > 1 && !short_rows) return RowTiles::cut(layout, vector, aligned);
+  if (layout.inner > 1 && !short_rows) return RowTiles::cut(layout, vector, aligned, sum_bytes);
   if (aligned && layout.channels * layout.inner % W == 0) return ColumnTiles<W>::cut(layout, sum_bytes);
   return ColumnTiles<1>::cut(layout, sum_bytes);
 }

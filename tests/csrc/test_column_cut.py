@@ -88,5 +88,5 @@ def test_the_rule_is_that_of_triton():
     header = (CSRC / "cuda" / "column_cut.h").read_text()
     assert "kPartialBytes = int64_t{1} << 20;" in header
     assert layout._PARTIAL_BYTES == 1 << 20
-    four, processors = map(int, re.search(r"kFewestColumnBlocks = (\d+) \* (\d+);", header).groups())
+    four, processors = map(int, re.search(r"kFewestBlocks = (\d+) \* (\d+);", header).groups())
     assert four * processors == layout._FEWEST_PROGRAMS

@@ -83,8 +83,9 @@ def test_a_reduction_has_enough_and_not_too_many_programs(shape):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_partial_sums_take_few_bytes_and_leave_enough_programs(shape, candidates, offset, most, dtype):
-    x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_partial_sums_take_few_bytes_and_leave_enough_programs(shape, candidates, offset, most, dtype, memory_format):
+    x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
     cut = layout.layout_of(x, 1)
     sum_bytes = 4 * candidates * (1 + offset)
     splits = cut.splits(sum_bytes)
