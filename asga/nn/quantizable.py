@@ -40,6 +40,16 @@ def find_quantizable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
     return layers, skipped
 
 
+def second_names(model: nn.Module) -> dict[str, str]:
+    """The further names of modules that are registered more than once, and for each the first, by which all know it."""
+    first: dict[nn.Module, str] = {}
+    return {
+        name: first[module]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if first.setdefault(module, name) != name
+    }
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`, which rename its layers.
 
