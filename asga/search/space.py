@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from asga.nn.quantizable import find_quantizable, second_names, unwrapped
+from asga.nn.quantizable import find_quantizable, second_names, tied_layers, unwrapped
 from asga.ops.functional import MAX_CANDIDATES
 from asga.policy import LayerPolicy, Policy, WeightBits, bit_width, check_bits, check_weight_bits, did_you_mean
 from asga.search.groups import RULES, SIDES, Group, find_groups, joined
@@ -40,6 +40,7 @@ class SpaceChoices:
         names: All layers that could be quantized, in the order the model registers them: those in `layers`
             and the excluded ones. Costs and policies are about these.
         groups: Searched layers that share bits, each named exactly; no layer is in two groups that share the same.
+            Those with one weight parameter share its bits.
         target: Where the model will run.
     """
 
@@ -142,7 +143,8 @@ class SearchSpace:
         groups: Layers that must share bits. Each entry is a rule, ``"residual"``, ``"qkv"`` or ``"depthwise"`` (see
             `asga.search.groups.find_groups`), or the layers themselves: a `Group` with names or patterns and what they
             share, or a sequence of names or patterns that share weight and activation bits. Groups that overlap are
-            joined. Pinned and excluded layers are left out: they have nothing to share.
+            joined. Pinned and excluded layers are left out: they have nothing to share. Searched layers that have one
+            weight parameter (tied ones) share its bits without being asked: it is stored once.
 
     Raises:
         TypeError: A bit-width is neither an integer nor a name, `pinned` no mapping, or `exclude` or a group not a
@@ -241,7 +243,7 @@ class SearchSpace:
             )
         check_target(self.target, quantizable, {n: (c.weight_bits, c.act_bits) for n, c in layers.items()})
         reasons = dict.fromkeys(excluded, "excluded by the search space")
-        groups = self._find_groups(model, example_inputs, known, layers)
+        groups = self._find_groups(model, example_inputs, known, layers, tied_layers(quantizable))
         return SpaceChoices(layers, skipped | reasons, tuple(names), groups, self.target)
 
     def _find_groups(
@@ -250,6 +252,7 @@ class SearchSpace:
         example_inputs: ExampleInputs | None,
         known: "_Names",
         layers: Mapping[str, LayerChoices],
+        tied: Mapping[str, str],
     ) -> tuple[Group, ...]:
         """The groups with exact names, only of searched layers; overlapping ones joined, in the order of the layers."""
         if self.runs_the_model and example_inputs is None:
@@ -267,6 +270,8 @@ class SearchSpace:
             if len(members.intersection(searched)) < 2:
                 raise ValueError(f"{argument} is {group}; at least two layers that are searched are needed")
             found.append(Group(tuple(members), group.share))
+        for first in dict.fromkeys(tied.values()):
+            found.append(Group(tuple(name for name in tied if tied[name] == first), "weight"))
         shared: dict[str, set[tuple[str, ...]]] = {}
         for side, bits in zip(SIDES, (self.weight_bits, self.act_bits), strict=True):
             chosen = [group for group in found if side in group.sides and bits is not None]

@@ -247,6 +247,18 @@ class TestGroups:
         found = space(groups=[["*"]], pinned={"a.0": 4}, exclude=["b.0"]).choices(small_net())
         assert found.groups == (Group(("a.2", "b.2")),)
 
+    def test_tied_weights_share_their_bits(self):
+        model = small_net()
+        model["b"][0].weight = model["stem"].weight = model["a"][0].weight
+        tied = Group(("a.0", "b.0"), "weight")
+        assert space().choices(model).groups == (tied,)  # the stem is pinned
+        assert space(groups=[Group(["a.*"], "both")]).choices(model).groups == (
+            Group(("a.0", "a.2"), "act"),
+            Group(("a.0", "a.2", "b.0"), "weight"),
+        )
+        assert space(groups=[["a.0", "b.0"]]).choices(model).groups == (Group(("a.0", "b.0")),)
+        assert space(exclude=["b.0"]).choices(model).groups == ()
+
     def test_by_rule(self):
         rules = space(groups=["residual", "qkv"], first_last=None)
         assert rules.choices(Branches(), torch.zeros(1, 4)).groups == (
