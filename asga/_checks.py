@@ -48,6 +48,16 @@ def check_instance(name: str, value: object, kind: type | tuple[type, ...], need
         raise TypeError(f"{name} is {value!r}; {needed} is needed")
 
 
+def check_call(name: str, value: object, *, or_none: bool = False) -> None:
+    """Something that can be called; None, too, where that is allowed.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not (callable(value) or (or_none and value is None)):
+        raise TypeError(f"{name} is {value!r}; a function{', or None,' if or_none else ''} is needed")
+
+
 def check_autocast(autocast: object) -> None:
     """A dtype to run a model in under autocast, or None.
 

@@ -1,7 +1,7 @@
 """Turning a float model into one with quantized layers, for a search or with a policy."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,8 +45,8 @@ def prepare(
     """Make the layers of `model` searchable.
 
     Searched layers become mixtures over their candidates, pinned ones get their fixed bits, excluded ones
-    stay float. Layers that share bits share a logits parameter, and so their probabilities. Activation scales are not
-    set yet: see `asga.nn.calibrate`.
+    stay float. Layers that share bits share a logits parameter, and so their probabilities; those that have one weight
+    parameter, and the same bits for it, its quantizer. Activation scales are not set yet: see `asga.nn.calibrate`.
 
     Args:
         model: A float model; out of `torch.compile` and `DataParallel` it is taken first.
@@ -82,7 +82,8 @@ def quantize(
     """Give the layers of `model` the fixed bit-widths of a policy.
 
     The model may differ from the one the policy was searched on in whatever leaves the layers' names the
-    same: number of classes, resolution, widths. Activation scales are not set yet: see `asga.nn.calibrate`.
+    same: number of classes, resolution, widths. Layers that have one weight parameter, and the same bits for it, share
+    its quantizer. Activation scales are not set yet: see `asga.nn.calibrate`.
 
     Args:
         model: A float model; out of `torch.compile` and `DataParallel` it is taken first.
@@ -171,6 +172,13 @@ def _share_logits(model: nn.Module, group: "Group") -> None:
             quantizer.logits = first.logits
 
 
+def _share_weight_quantizers(layers: Iterable[QuantizedLayer]) -> None:
+    """Layers with one weight parameter and the same bits quantize it alike, so that it can be stored once."""
+    first: dict[tuple, nn.Module] = {}
+    for layer in layers:
+        layer.weight_quantizer = first.setdefault((layer.weight, layer.weight_bits), layer.weight_quantizer)
+
+
 def _convert(
     model: nn.Module, fixed: Mapping[str, tuple], searched: Mapping[str, tuple], target: str, inplace: bool, init: str
 ) -> nn.Module:
@@ -190,6 +198,7 @@ def _convert(
             if isinstance(layer.act_quantizer, ActQuantizer | MixedActQuantizer):
                 layer.act_quantizer.always_signed = found is not None and not found.unsigned_inputs
             replacements[module] = layer
+    _share_weight_quantizers(replacements.values())
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:

@@ -20,6 +20,9 @@ from asga.steps import StepReport, TrainingError, finite
 # Steps between checkpoints: what a kill costs at most. A checkpoint of a ResNet-50 with momentum, 205 MB, took 2.3 s on
 # a busy disk, 2 % of the two minutes that 200 steps of two passes take on a GPU; one of a search of ResNet-20 0.06 s.
 CHECKPOINT_EVERY = 200
+# Steps between states that are kept in memory to go back to: what a diverged training loses at most, beside the steps
+# that it takes to notice. Nothing is written, so they can be nearer to each other than checkpoints.
+KEEP_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Stage:
         name: Of the stage; checkpoints and metrics carry it.
         epochs: How many.
         parts: Everything that changes in a step, by name.
-        recovery: Goes back to the last good state, which is one of those that checkpoints are made of, when steps are
-            left out again and again.
+        recovery: Goes back to the last good state when steps are left out again and again: one of those that
+            checkpoints are made of, or of those in between, every `KEEP_EVERY` steps, which are in memory alone.
         checkpoint_every: Steps between checkpoints.
         folder: Where metrics and checkpoints go; None: nowhere.
         progress: Called after every step.
@@ -146,7 +149,10 @@ class Stage:
                 self._confirm()
             # After the last step the epoch is ended first: its record tells what that step saw, no checkpoint does.
             if self._step < self._steps:
-                self._save(stop, due=self._step % self._checkpoint_every == 0)
+                due = self._step % self._checkpoint_every == 0
+                if not due and self._step % KEEP_EVERY == 0:
+                    self._pending = self._snapshot(checkpoint=self._writes_pending)
+                self._save(stop, due=due)
         record = {
             "stage": self._name,
             "epoch": self._epoch + 1,
@@ -205,15 +211,21 @@ class Stage:
         if self._recovery.well:
             self._recovery.keep(state["parts"], state["where"])
             state["recovery"]["good"] = None  # it is the present one
-        self._write(self._pending)
+        if self._writes_pending:
+            self._write(self._pending)
         self._pending = None
+
+    @property
+    def _writes_pending(self) -> bool:
+        """Whether a state waits to be written as a checkpoint; a later one that takes its place is, too."""
+        return self._pending is not None and self._pending.checkpoint
 
     def _write(self, snapshot: "_Snapshot") -> None:
         if self._folder is not None:
             self._folder.save_checkpoint(snapshot.state, snapshot.metrics_size)
 
-    def _snapshot(self) -> "_Snapshot":
-        """Everything that a checkpoint holds; later steps do not change it."""
+    def _snapshot(self, *, checkpoint: bool = True) -> "_Snapshot":
+        """Everything that a checkpoint holds; later steps do not change it. `checkpoint`: whether it becomes one."""
         state = {
             "stage": self._name,
             "setting": self._setting,
@@ -232,7 +244,7 @@ class Stage:
             "recovery": self._recovery.state_dict(),
             "pending": None,
         }
-        return _Snapshot(state, 0 if self._folder is None else self._folder.metrics_size())
+        return _Snapshot(state, 0 if self._folder is None else self._folder.metrics_size(), checkpoint)
 
     def _where(self) -> str:
         return f"epoch {self._epoch + 1}, step {self._step}"
@@ -332,10 +344,11 @@ def count_batches(loader: Iterable[Batch]) -> int:
 
 
 class _Snapshot(NamedTuple):
-    """What goes into a checkpoint, and how long the metrics were then."""
+    """What goes into a checkpoint, how long the metrics were then, and whether it is to be written."""
 
     state: dict[str, object]
     metrics_size: int
+    checkpoint: bool = True
 
 
 class _Averages:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from asga._batches import Batch, Inputs
-from asga._checks import check_count
+from asga._checks import check_autocast, check_call, check_count, check_instance, check_number
 from asga.nn import calibrate, parameter_groups
 from asga.optim import ASGA
 from asga.optim.guarded import GuardedSGD
+from asga.optim.handed_on import check_optimizer_options
 from asga.recovery import Recovery, halve_steps
 from asga.runs import RunFolder, open_folder
 from asga.steps import (
@@ -76,16 +77,17 @@ class TransferTrainer:
         loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits
             ``[B, classes]``; another one takes whatever logits and labels it is made for.
         autocast: Run the model under autocast to this dtype.
-        checkpoint_every: Steps of an epoch between checkpoints; there is one at its end, too. One of them is what the
-            training goes back to when its loss stays NaN.
+        checkpoint_every: Steps of an epoch between checkpoints; there is one at its end, too. When its loss stays NaN,
+            the training goes back to the last good one, or to a good state since then: one of every 50 steps is in
+            memory.
         folder: Where metrics and checkpoints go: a path, or a `RunFolder`. With a checkpoint in it, `fit` resumes; a
             folder of a path that is not there yet is made.
         progress: Called after every step.
         stage: The name of this training in metrics and checkpoints.
 
     Raises:
-        TypeError: A count is no integer.
-        ValueError: An option is out of range.
+        TypeError: An argument is of another type.
+        ValueError: An argument is out of range. Nothing has been changed.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class TransferTrainer:
         progress: Callable[[Progress], None] | None = None,
         stage: str = "transfer",
     ) -> None:
+        check_instance("model", model, nn.Module, "a torch.nn.Module")
         if method not in ("asga", "sgd"):
             raise ValueError(f"method is {method!r}; it must be 'asga' or 'sgd'")
         named = {
@@ -119,6 +122,23 @@ class TransferTrainer:
         }
         for name, value in named.items():
             check_count(name, value)
+        for name, value in {"warmup": warmup, "batchnorm_batches": batchnorm_batches}.items():
+            check_count(name, value, least=0)
+        for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
+            check_number(name, value)
+        check_number("momentum", momentum, below=1)
+        check_optimizer_options(
+            method,
+            {} if optimizer_options is None else optimizer_options,
+            two_passes=method == "asga",
+            momentum=momentum,
+            lr=lr,
+        )
+        check_autocast(autocast)
+        check_call("loss_fn", loss_fn)
+        check_call("progress", progress, or_none=True)
+        check_instance("folder", folder, (RunFolder, str, os.PathLike, type(None)), "a path or a RunFolder, or None,")
+        check_instance("stage", stage, str, "a name")
         self.model, self.epochs, self.method = model, epochs, method
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
         self.optimizer_options = dict(optimizer_options or {})

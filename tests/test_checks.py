@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from asga._checks import check_autocast, check_count, check_instance, check_number
+from asga._checks import check_autocast, check_call, check_count, check_instance, check_number
 
 
 class TestCount:
@@ -21,6 +21,19 @@ class TestCount:
         check_count("warmup", 0, least=0)
         with pytest.raises(ValueError, match="epochs is 0; it must be at least 1"):
             check_count("epochs", 0)
+
+
+class TestCall:
+    def test_functions_pass(self):
+        check_call("loss_fn", torch.nn.functional.mse_loss)
+        check_call("loss_fn", torch.nn.MSELoss())
+        check_call("progress", None, or_none=True)
+
+    def test_others(self):
+        with pytest.raises(TypeError, match="loss_fn is None; a function is needed"):
+            check_call("loss_fn", None)
+        with pytest.raises(TypeError, match="progress is 3; a function, or None, is needed"):
+            check_call("progress", 3, or_none=True)
 
 
 class TestNumber:

@@ -101,6 +101,13 @@ class TestQuantize:
         assert converted.second.weight is converted.first.weight
         assert converted.second is not converted.first
 
+    def test_tied_weights_of_the_same_bits_are_quantized_alike(self, model):
+        alike, apart = (quantize(model, policy(second=LayerPolicy(bits, 8))) for bits in (4, 3))
+        assert alike.first.weight_bits == apart.first.weight_bits == 4
+        assert alike.second.weight_quantizer is alike.first.weight_quantizer
+        assert alike.second.act_quantizer is not alike.first.act_quantizer
+        assert apart.second.weight_quantizer is not apart.first.weight_quantizer
+
     def test_names_of_the_original_state_are_kept(self, model):
         converted = quantize(model, policy())
         added = [n for n in converted.state_dict() if "_quantizer." not in n]

@@ -178,9 +178,56 @@ class TestNotFinite:
         lines = [(record["event"], record["epoch"], record.get("step")) for record in metrics_of(folder)]
         assert lines == [("skipped", 1, bad + 1), ("epoch", 1, None), ("skipped", 2, bad + 1), ("epoch", 2, None)]
 
-    def test_counts_are_integers(self, tiny_net):
-        with pytest.raises(TypeError, match=r"epochs is 1.5; an integer is needed"):
-            TransferTrainer(tiny_net(), epochs=1.5)
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"epochs": 0}, "epochs is 0; it must be at least 1"),
+            ({"method": "hawq"}, "method is 'hawq'; it must be 'asga' or 'sgd'"),
+            ({"lr": -1}, "lr is -1; it must be finite and not negative"),
+            ({"weight_decay": math.nan}, "weight_decay is nan"),
+            ({"momentum": 1.0}, "momentum is 1.0; it must be below 1"),
+            ({"warmup": -1}, "warmup is -1; it must be at least 0"),
+            ({"batchnorm_batches": -1}, "batchnorm_batches is -1; it must be at least 0"),
+            ({"autocast": torch.int8}, r"autocast is torch.int8"),
+            ({"optimizer_options": {"rho_mx": 0.2}}, "'rho_mx', which is no option of method 'asga'; did you mean "),
+            ({"optimizer_options": {"rho_max": 0.2}, "method": "sgd"}, "which is no option of method 'sgd'"),
+            ({"optimizer_options": {"lr": 0.2}}, "optimizer_options has 'lr', an argument of its own: lr=0.2"),
+            ({"optimizer_options": {"rho_max": -0.2}}, "rho_max is -0.2; it must be finite and not negative"),
+            ({"optimizer_options": {"variant": "gsan"}}, "variant is 'gsan'; it must be one of"),
+            ({"optimizer_options": {"dampening": 0.1}, "method": "sgd"}, "Nesterov"),
+        ],
+        ids=str,
+    )
+    def test_options_out_of_range(self, tiny_net, options, message):
+        with pytest.raises(ValueError, match=message):
+            TransferTrainer(tiny_net(), **{"epochs": 1, **options})
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"epochs": 1.5}, "epochs is 1.5; an integer is needed"),
+            ({"batchnorm_batches": None}, "batchnorm_batches is None; an integer is needed"),
+            ({"lr": "0.1"}, "lr is '0.1'; a number is needed"),
+            ({"optimizer_options": [0.2]}, r"optimizer_options is \[0.2\]; a mapping such as"),
+            ({"optimizer_options": []}, r"optimizer_options is \[\]; a mapping"),
+            ({"autocast": "bfloat16"}, "autocast is 'bfloat16'; a dtype"),
+            ({"loss_fn": None}, "loss_fn is None; a function is needed"),
+            ({"progress": "bar"}, "progress is 'bar'; a function, or None, is needed"),
+            ({"folder": 3}, "folder is 3; a path or a RunFolder"),
+            ({"stage": None}, "stage is None; a name is needed"),
+            ({"model": "resnet20"}, "model is 'resnet20'; a torch.nn.Module is needed"),
+        ],
+        ids=str,
+    )
+    def test_options_of_another_type(self, tiny_net, options, message):
+        with pytest.raises(TypeError, match=message):
+            TransferTrainer(**{"model": tiny_net(), "epochs": 1, **options})
+
+    def test_quantized_weights_can_be_perturbed(self, tiny_net, labeled_batches):
+        model = quantized(tiny_net())
+        trainer = TransferTrainer(model, epochs=1, optimizer_options={"perturb": "quantized"})
+        trainer.fit(labeled_batches())
+        assert is_finite(model)
 
     def test_folder_by_its_path(self, tiny_net, labeled_batches, tmp_path):
         TransferTrainer(tiny_net(), epochs=1, folder=tmp_path / "run").fit(labeled_batches())
@@ -244,6 +291,12 @@ class TestNotFinite:
 class TestRecovery:
     """The weights blow up in step 16, as in one far too long: from then on every loss is NaN."""
 
+    @pytest.fixture(autouse=True, params=[50, 3], ids=["checkpoints", "memory"])
+    def keep_every(self, request, monkeypatch):
+        """Steps between states in memory: too many for an epoch of six, or between two checkpoints."""
+        monkeypatch.setattr("asga.training.KEEP_EVERY", request.param)
+        return request.param
+
     def _fit(self, path, model, batches, method, *, epochs, stop_at=None, resume=False):
         told = []
 
@@ -262,12 +315,13 @@ class TestRecovery:
         options = {"method": method, "lr": 0.1, "checkpoint_every": 4, "folder": folder, "progress": progress}
         return TransferTrainer(model, epochs=epochs, **options).fit(batches, batches), told
 
-    def test_goes_back_and_learns_on(self, tiny_net, labeled_batches, tmp_path, method):
+    def test_goes_back_and_learns_on(self, tiny_net, labeled_batches, tmp_path, method, keep_every):
         model = quantized(tiny_net())
         result, told = self._fit(tmp_path, model, labeled_batches(), method, epochs=12)
         # A checkpoint is made after step 16, too, that is step 4 of epoch 3; the next step shows that it is not good.
         said = {"asga": "half the radius (rho_max is now 0.25)", "sgd": "half the learning rate"}[method]
-        returned = f"the loss is nan for 10 steps in a row: back to epoch 3, step 0, {said}"
+        good = {50: 0, 3: 3}[keep_every]
+        returned = f"the loss is nan for 10 steps in a row: back to epoch 3, step {good}, {said}"
         assert told[-1] == (5, 2, returned)
         events = metrics_of(RunFolder(tmp_path, "test", {}, resume=True))
         assert [record["what"] for record in events if record["event"] == "recovery"] == [returned]
@@ -289,7 +343,7 @@ class TestRecovery:
         assert run_contents(tmp_path / "parts") == run_contents(tmp_path / "whole")
 
     def test_gives_up(self, tiny_net, labeled_batches, bits_of, method):
-        """After three returns; the model is left as it was last well."""
+        """After three returns; the model is left as it was last well: at the end of an epoch."""
         model, steps, good = quantized(tiny_net()), [], []
 
         def progress(state) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import asga
 from asga.cli import bench, demo, diagnose, evaluate, info, report, search, transfer
+from asga.cli.options import as_typed
 
 _COMMANDS = (search, transfer, evaluate, diagnose, report, demo, info, bench)
 # What a user can cause and mend: shown as one line, without a traceback.
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nasga: stopped.{hint}", file=sys.stderr)
         return 130
     except _USER_ERRORS as error:
-        print(f"asga: {error}", file=sys.stderr)
+        print(f"asga: {as_typed(str(error), options)}", file=sys.stderr)
         return 1
     return 0
 

@@ -19,6 +19,8 @@ from asga.search.budget import LIMIT_NAMES
 
 # Up to this side the stems of ImageNet models would leave next to nothing of an image: 32 pixels become 1.
 _SMALL_IMAGE = 64
+# What stands for the two parts of a pin in messages about arguments.
+_PIN_SIDES = {None: "", "0": " (weight)", "1": " (input)"}
 # Options that name a file.
 _FILES = ("init", "proxy_init", "latency_table", "policy", "search")
 
@@ -84,6 +86,33 @@ def recorded(options: argparse.Namespace) -> dict[str, object]:
         if found.get(name) is not None:
             found[f"{name}_sha256"] = hashlib.sha256(Path(found[name]).read_bytes()).hexdigest()
     return found
+
+
+def as_typed(message: str, options: argparse.Namespace) -> str:
+    """An error's message with the options that were typed in place of the arguments that were made of them.
+
+    Args:
+        message: Such as ``"weight_bits[1] is 9; supported are 2 to 8"``.
+        options: What was parsed; names of other arguments stay as they are.
+    """
+
+    def leading(match: re.Match) -> str:
+        name, at, side = match.groups()
+        if name in LIMIT_NAMES and hasattr(options, "budget"):
+            return f"--budget: {name}"
+        if name == "pinned" and hasattr(options, "pin"):
+            return f"--pin {at or ''}".rstrip() + _PIN_SIDES[side]
+        if name == "groups" and at is not None and getattr(options, "group", None):
+            return f"--group {options.group[int(at) - len(split_names(options.groups))]!r}"
+        if name == "share" and getattr(options, "held_out", None) is not None:
+            return _option("held_out")
+        return _option(name) + match[0].removeprefix(name) if hasattr(options, name) else match[0]
+
+    message = re.sub(r"^([a-z_]+)(?:\[('.+?'|\d+)\])?(?:\[([01])\])?(?=: | is | has )", leading, message)
+    for name in filter(lambda name: "_" in name, vars(options)):
+        message = message.replace(f"{name}=None", f"{_option(name)} {'0' if name == 'first_last' else 'none'}")
+        message = re.sub(rf"\b(?<!-){name}(?= is )", _option(name), message)
+    return message
 
 
 def data_name(spec: str) -> str:
@@ -272,6 +301,10 @@ def parse_uniform(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"--compare: {text!r} is not a uniform policy such as w4a4, with 2 to 8 bits")
     return int(match[1]), int(match[2])
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _check_device(name: str) -> None:

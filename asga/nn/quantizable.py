@@ -1,5 +1,7 @@
 """Which modules of a model can be quantized, and why others cannot."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -38,6 +40,24 @@ def find_quantizable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
         else:
             skipped[name] = reason
     return layers, skipped
+
+
+def second_names(model: nn.Module) -> dict[str, str]:
+    """The further names of modules that are registered more than once, and for each the first, by which all know it."""
+    first: dict[nn.Module, str] = {}
+    return {
+        name: first[module]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if first.setdefault(module, name) != name
+    }
+
+
+def tied_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Which layers have one weight parameter: for each of two or more that do, the first of them."""
+    first: dict[nn.Parameter, str] = {}
+    owners = {name: first.setdefault(layer.weight, name) for name, layer in layers.items()}
+    shared = {owner for name, owner in owners.items() if name != owner}
+    return {name: owner for name, owner in owners.items() if owner in shared}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

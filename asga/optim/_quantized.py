@@ -35,7 +35,7 @@ class QuantizedWeights:
         for layer in model.modules():
             if not isinstance(layer, QuantizedLayer) or not isinstance(layer.weight_quantizer, Quantizer):
                 continue
-            if layer.weight in rho_scale_of:
+            if layer.weight in rho_scale_of and layer.weight_quantizer not in self._scales:  # tied layers share it
                 self._scales[layer.weight_quantizer] = rho_scale_of[layer.weight]
                 self.latent.add(layer.weight)
                 layer.weight_quantizer.register_forward_hook(_Hook(self))

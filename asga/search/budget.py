@@ -56,9 +56,9 @@ class Budget:
     Args:
         bitops: Bit operations of one sample: a number, a number with a decimal prefix (``"350M"``,
             ``"1.2G"``; k, M, G, T, P), or a word.
-        size: Bytes of the quantized layers' weights and scales: a number, a number with a unit (``"800kB"``,
-            ``"1.5MB"``, ``"2MiB"``), or a word, which may leave out the input's bits (``"w4"``): they do not
-            change the size.
+        size: Bytes of the quantized layers' weights, tied ones once, and scales: a number, a number with a unit
+            (``"800kB"``, ``"1.5MB"``, ``"2MiB"``), or a word, which may leave out the input's bits (``"w4"``): they
+            do not change the size.
         act_memory: Bytes of the largest quantized input of a layer, for one sample; see
             `asga.search.costs.layer_act_memory_bits`. As `size`, with words such as ``"a4"``.
         latency: Time of the quantizable layers: seconds as a number, a number with a unit (``"5ms"``, ``"300us"``),

@@ -1,6 +1,6 @@
 """What a policy costs: BitOps, size, activation memory and latency, in exact integers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ class Costs:
 
     Args:
         bitops: Bit operations of one sample, the sum of MACs x weight bits x input bits.
-        size_bits: Bits to store the weights of the quantizable layers and all scales.
+        size_bits: Bits to store the weights of the quantizable layers, tied ones once, and all scales.
         act_memory_bits: Bits of the largest quantized input of a layer, for one sample; None where the sizes of the
             inputs are not known.
         latency_ns: Nanoseconds that the quantizable layers take, one after the other; None without a table.
@@ -56,9 +56,16 @@ def layer_size_bits(layer: LayerProfile, weight_bits: WeightBits | None, act_bit
     A quantized weight has `weight_bits` per element and a 32-bit scale per output channel, a quantized input
     one 32-bit scale; a float weight has 32 bits per element. fp4 has an 8-bit scale per block of 16 values, and one
     32-bit scale in all. Biases, norms and other float parameters are the same for every policy and not counted.
+
+    Layers with one weight parameter (tied ones) have one stored weight, with one set of scales, if they have the same
+    bits: `policy_cost` and `cost_tables` count it once.
     """
     act_scale = 0 if act_bits is None else FLOAT_BITS
-    return layer.weight_numel * bit_width(weight_bits) + _weight_scale_bits(layer, weight_bits) + act_scale
+    return _weight_size_bits(layer, weight_bits) + act_scale
+
+
+def _weight_size_bits(layer: LayerProfile, weight_bits: WeightBits | None) -> int:
+    return layer.weight_numel * bit_width(weight_bits) + _weight_scale_bits(layer, weight_bits)
 
 
 def _weight_scale_bits(layer: LayerProfile, weight_bits: WeightBits | None) -> int:
@@ -117,11 +124,14 @@ class Metric:
         cost: Of one layer with given weight and activation bits.
         peak: The cost of a policy is that of its dearest layer, not the sum over the layers.
         known: Whether a profile has what `cost` needs.
+        of_weight: What of `cost` is for the weight alone, which a layer is spared if another has the same weight
+            parameter with the same bits.
     """
 
     cost: CostFunction
     peak: bool = False
     known: Callable[[LayerProfile], bool] = lambda layer: True
+    of_weight: Callable[[LayerProfile, WeightBits | None], int] = lambda layer, weight_bits: 0
 
     def total(self, costs: Iterable[int]) -> int:
         """The cost of a policy from those of its layers."""
@@ -130,7 +140,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "bitops": Metric(layer_bitops),
-    "size_bits": Metric(layer_size_bits),
+    "size_bits": Metric(layer_size_bits, of_weight=_weight_size_bits),
     "act_memory_bits": Metric(layer_act_memory_bits, peak=True, known=lambda layer: layer.in_numel is not None),
     "latency_ns": Metric(layer_latency_ns, known=lambda layer: bool(layer.latency_ns)),
 }
@@ -158,8 +168,17 @@ def policy_costs(profiles: Mapping[str, LayerProfile], policy: Policy) -> Costs:
 def policy_cost(profiles: Mapping[str, LayerProfile], policy: Policy, metric: str) -> int:
     """The cost of a policy by one metric; see `policy_costs`."""
     policy.check_against(list(profiles))
-    cost = METRICS[metric].cost
-    return METRICS[metric].total(cost(profiles[name], b.weight_bits, b.act_bits) for name, b in policy.items())
+    found = METRICS[metric]
+    stored: set[tuple[str, WeightBits | None]] = set()
+
+    def costs() -> Iterator[int]:
+        for name, bits in policy.items():
+            layer, weight = profiles[name], (profiles[name].tied_to or name, bits.weight_bits)
+            spared = found.of_weight(layer, bits.weight_bits) if weight in stored else 0
+            stored.add(weight)
+            yield found.cost(layer, bits.weight_bits, bits.act_bits) - spared
+
+    return found.total(costs())
 
 
 def cost_tables(profiles: Mapping[str, LayerProfile], choices: SpaceChoices) -> dict[str, dict[str, np.ndarray]]:
@@ -180,10 +199,11 @@ def cost_tables(profiles: Mapping[str, LayerProfile], choices: SpaceChoices) -> 
     missing = [name for name in choices.names if name not in profiles]
     if missing:
         raise ValueError(f"profiles lacks layers of the search space: {', '.join(map(repr, missing))}")
+    stored = _stored_by_others(profiles, choices)
     tables = {}
     for name, metric in known_metrics({layer: profiles[layer] for layer in choices.names}).items():
         exact = {
-            layer: _table(metric.cost, profiles[layer], choices.layers.get(layer, LayerChoices((None,), (None,))))
+            layer: _table(metric, profiles[layer], _choices_of(choices, layer), stored[layer])
             for layer in choices.names
         }
         largest = metric.total(max(map(max, table)) for table in exact.values())
@@ -193,8 +213,42 @@ def cost_tables(profiles: Mapping[str, LayerProfile], choices: SpaceChoices) -> 
     return tables
 
 
-def _table(cost: CostFunction, layer: LayerProfile, choices: LayerChoices) -> list[list[int]]:
-    return [[cost(layer, w, a) for a in choices.act_bits] for w in choices.weight_bits]
+def _table(
+    metric: Metric, layer: LayerProfile, choices: LayerChoices, stored: Collection[WeightBits | None]
+) -> list[list[int]]:
+    spared = [metric.of_weight(layer, w) if w in stored else 0 for w in choices.weight_bits]
+    return [
+        [metric.cost(layer, w, a) - less for a in choices.act_bits]
+        for w, less in zip(choices.weight_bits, spared, strict=True)
+    ]
+
+
+def _stored_by_others(profiles: Mapping[str, LayerProfile], choices: SpaceChoices) -> dict[str, set[WeightBits | None]]:
+    """By layer the weight bits with which another layer has its weight in store already, whatever is chosen.
+
+    Of tied layers, those whose bits are given store one weight for each of them, and the searched ones, which a group
+    makes choose alike, one more unless they choose the same. So costs of whole policies stay sums over layers.
+    """
+    groups = {name: k for k, g in enumerate(choices.groups) if "weight" in g.sides for name in g.layers}
+    given: dict[str, set[WeightBits | None]] = {}
+    seen: set[tuple[str, int]] = set()
+    stored: dict[str, set[WeightBits | None]] = {}
+    # Layers without a choice first: what they store is there for the others.
+    for name in sorted(choices.names, key=lambda name: len(_choices_of(choices, name).weight_bits) > 1):
+        bits, weight = _choices_of(choices, name).weight_bits, profiles[name].tied_to or name
+        stored[name] = set(given.setdefault(weight, set()))
+        if len(bits) == 1:
+            given[weight].update(bits)
+        elif name in groups:
+            if (weight, groups[name]) in seen:
+                stored[name].update(bits)
+            seen.add((weight, groups[name]))
+    return stored
+
+
+def _choices_of(choices: SpaceChoices, name: str) -> LayerChoices:
+    """Those of a layer; an excluded one stays float."""
+    return choices.layers.get(name, LayerChoices((None,), (None,)))
 
 
 def _shown(bits: WeightBits | None) -> str:

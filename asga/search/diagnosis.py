@@ -8,6 +8,7 @@ import numpy as np
 
 from asga.policy import LayerPolicy, Policy, WeightBits, bit_width
 from asga.search.costs import cost_tables
+from asga.search.groups import Group
 from asga.search.probe import LossIncrease
 from asga.search.profiles import LayerProfile
 from asga.search.solver import solve
@@ -118,7 +119,9 @@ def least_increase(
         InfeasibleBudgetError: No policy meets the limits.
     """
     pinned = {name: LayerChoices((b.weight_bits,), (b.act_bits,), pinned=True) for name, b in kept.items()}
-    choices = replace(choices, layers={**choices.layers, **pinned})
+    free_of = [[name for name in group.layers if name not in kept] for group in choices.groups]
+    groups = tuple(Group(n, g.share) for n, g in zip(free_of, choices.groups, strict=True) if len(n) > 1)
+    choices = replace(choices, layers={**choices.layers, **pinned}, groups=groups)
     free = [name for name in choices.layers if name not in kept]
     scores = {name: -np.add.outer(increases[name].weight, increases[name].act) for name in free}
     return choices.policy(solve(scores, cost_tables(profiles, choices), limits, groups=choices.groups))

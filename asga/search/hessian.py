@@ -40,7 +40,8 @@ def hessian_sensitivity(
         probes: Random vectors for each batch, from torch's global generator.
 
     Returns:
-        By layer of the space, pinned ones included. Zero where the loss does not depend on the layer.
+        By layer of the space, pinned ones included. Zero where the loss does not depend on the layer. What a weight
+        that several layers have costs is with the first of them.
 
     Raises:
         ValueError: `probes` is less than 1.
@@ -54,10 +55,10 @@ def hessian_sensitivity(
         raise ValueError(f"probes is {probes}; it must be at least 1")
     probe = Probe(model, space, batches)
     totals = zeros(probe.layers)
+    probed_weights = {probed.layer.weight: name for name, probed in reversed(probe.layers.items()) if probed.weight}
     weights = [
-        _Variable(totals[name][0], probed.layer.weight.requires_grad_(), _errors(probed.layer.weight, probed.weight))
-        for name, probed in probe.layers.items()
-        if probed.weight
+        _Variable(totals[name][0], weight.requires_grad_(), _errors(weight, probe.layers[name].weight))
+        for weight, name in reversed(probed_weights.items())
     ]
     for inputs, labels in batches:
         moves: list[_Variable] = []

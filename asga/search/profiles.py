@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from asga._batches import Inputs, call, tensors_in
+from asga.nn.quantizable import tied_layers
 from asga.policy import did_you_mean
 
 ExampleInputs = Inputs
@@ -27,6 +28,8 @@ class LayerProfile:
         in_numel: Elements of the input for one sample, of the largest input where the layer is called more than
             once; None where it is not known.
         latency_ns: Triples of weight bits, activation bits and nanoseconds; see `asga.search.latency`.
+        tied_to: The first of the layers that have this one's weight parameter, which may be itself; None where no other
+            has.
     """
 
     name: str
@@ -36,6 +39,7 @@ class LayerProfile:
     out_channels: int
     in_numel: int | None = None
     latency_ns: tuple[tuple[int | None, int | None, int], ...] = ()
+    tied_to: str | None = None
 
     def __post_init__(self) -> None:
         # From JSON these come as lists. The dataclass is frozen, so this is the way to put them in place.
@@ -90,6 +94,7 @@ def profile_layers(
     finally:
         for handle in handles:
             handle.remove()
+    tied = tied_layers(layers)
     missed = [name for name in layers if macs[name] == 0 and name not in unused]
     if missed:
         raise ValueError(
@@ -104,6 +109,7 @@ def profile_layers(
             weight_numel=layer.weight.numel(),
             out_channels=layer.weight.shape[0],
             in_numel=-(-in_numel[name] // batch),
+            tied_to=tied.get(name),
         )
         for name, layer in layers.items()
     }

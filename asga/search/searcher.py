@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from asga._batches import Batch, first_sample, to_device
-from asga._checks import check_autocast, check_count, check_instance, check_number
+from asga._checks import check_autocast, check_call, check_count, check_instance, check_number
 from asga._extras import require
 from asga.convert import prepare
 from asga.nn import calibrate
 from asga.nn.quantizable import unwrapped
+from asga.optim.handed_on import check_optimizer_options
 from asga.policy import LayerPolicy, Policy, WeightBits
 from asga.runs import RunFolder, open_folder
 from asga.search.baselines import uniform_pairs
@@ -23,7 +24,7 @@ from asga.search.comparison import NotBetterThanUniform, UniformComparison
 from asga.search.costs import cost_tables
 from asga.search.held_out import split_loader
 from asga.search.latency import LatencyTable
-from asga.search.methods import METHODS, TRAINED
+from asga.search.methods import METHODS, SGD, TRAINED
 from asga.search.profiles import ExampleInputs, LayerProfile, profile_layers
 from asga.search.relaxation import check_relaxation
 from asga.search.result import SearchResult
@@ -31,7 +32,7 @@ from asga.search.scoring import Scorer
 from asga.search.selection import best_policy
 from asga.search.solver import check_feasible
 from asga.search.space import SearchSpace
-from asga.search.trained import Search, check_optimizer_options
+from asga.search.trained import Search
 from asga.search.untrained import score_candidates
 from asga.search.watches import ClassWatch
 from asga.steps import LossFunction
@@ -77,8 +78,9 @@ class PolicySearcher:
         loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits
             ``[B, classes]``; another one takes whatever logits and labels it is made for.
         autocast: Run the model under autocast to this dtype.
-        checkpoint_every: Steps of an epoch between checkpoints; there is one at its end, too. One of them is what the
-            search goes back to when its loss stays NaN.
+        checkpoint_every: Steps of an epoch between checkpoints; there is one at its end, too. When its loss stays NaN,
+            the search goes back to the last good one, or to a good state since then: one of every 50 steps is in
+            memory.
         folder: Where metrics and checkpoints go: a path, or a `RunFolder`. With a checkpoint in it, `fit` resumes; a
             folder of a path that is not there yet is made.
         progress: Called after every step.
@@ -146,13 +148,19 @@ class PolicySearcher:
             check_number("held_out", held_out, below=1)
             if held_out == 0:
                 raise ValueError("held_out is 0; it must lie between 0 and 1, or be None")
-        check_instance(
-            "optimizer_options", optimizer_options, (Mapping, type(None)), "a mapping such as {'rho_max': 0.2}"
+        check_optimizer_options(
+            method,
+            {} if optimizer_options is None else optimizer_options,
+            two_passes=method != SGD,
+            momentum=momentum,
+            lr=lr,
         )
-        check_optimizer_options(method, optimizer_options or {})
         table = "a LatencyTable (LatencyTable.from_csv reads one), or None,"
         check_instance("latency_table", latency_table, (LatencyTable, type(None)), table)
         check_autocast(autocast)
+        check_call("loss_fn", loss_fn)
+        check_call("progress", progress, or_none=True)
+        check_instance("stage", stage, str, "a name")
         check_instance("folder", folder, (RunFolder, str, os.PathLike, type(None)), "a path or a RunFolder, or None,")
         check_instance("meta", meta, (Mapping, type(None)), "a mapping")
         self.space = space if space is not None else SearchSpace()

@@ -1,12 +1,12 @@
 """The search space: which bit-widths each layer of a model may have."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from asga.nn.quantizable import find_quantizable, unwrapped
+from asga.nn.quantizable import find_quantizable, second_names, tied_layers, unwrapped
 from asga.ops.functional import MAX_CANDIDATES
 from asga.policy import LayerPolicy, Policy, WeightBits, bit_width, check_bits, check_weight_bits, did_you_mean
 from asga.search.groups import RULES, SIDES, Group, find_groups, joined
@@ -40,6 +40,7 @@ class SpaceChoices:
         names: All layers that could be quantized, in the order the model registers them: those in `layers`
             and the excluded ones. Costs and policies are about these.
         groups: Searched layers that share bits, each named exactly; no layer is in two groups that share the same.
+            Those with one weight parameter share its bits.
         target: Where the model will run.
     """
 
@@ -142,7 +143,8 @@ class SearchSpace:
         groups: Layers that must share bits. Each entry is a rule, ``"residual"``, ``"qkv"`` or ``"depthwise"`` (see
             `asga.search.groups.find_groups`), or the layers themselves: a `Group` with names or patterns and what they
             share, or a sequence of names or patterns that share weight and activation bits. Groups that overlap are
-            joined. Pinned and excluded layers are left out: they have nothing to share.
+            joined. Pinned and excluded layers are left out: they have nothing to share. Searched layers that have one
+            weight parameter (tied ones) share its bits without being asked: it is stored once.
 
     Raises:
         TypeError: A bit-width is neither an integer nor a name, `pinned` no mapping, or `exclude` or a group not a
@@ -216,12 +218,13 @@ class SearchSpace:
         names = list(quantizable)
         if not names:
             raise ValueError(f"the model has no layer that can be quantized{_reasons(skipped)}")
-        excluded = [name for p in self.exclude for name in _matches("exclude", p, names, skipped)]
+        known = _Names(tuple(names), skipped, second_names(model))
+        excluded = [name for p in self.exclude for name in known.matching("exclude", p)]
         pins = {}
         if self.first_last is not None:
             pins = dict.fromkeys((names[0], names[-1]), self.first_last)
         for pattern, pin in self.pinned.items():
-            pins |= dict.fromkeys(_matches("pinned", pattern, names, skipped), pin)
+            pins |= dict.fromkeys(known.matching("pinned", pattern), pin)
 
         layers = {}
         for name in names:
@@ -240,16 +243,16 @@ class SearchSpace:
             )
         check_target(self.target, quantizable, {n: (c.weight_bits, c.act_bits) for n, c in layers.items()})
         reasons = dict.fromkeys(excluded, "excluded by the search space")
-        groups = self._find_groups(model, example_inputs, names, layers, skipped | reasons)
+        groups = self._find_groups(model, example_inputs, known, layers, tied_layers(quantizable))
         return SpaceChoices(layers, skipped | reasons, tuple(names), groups, self.target)
 
     def _find_groups(
         self,
         model: nn.Module,
         example_inputs: ExampleInputs | None,
-        names: Sequence[str],
+        known: "_Names",
         layers: Mapping[str, LayerChoices],
-        skipped: Mapping[str, str],
+        tied: Mapping[str, str],
     ) -> tuple[Group, ...]:
         """The groups with exact names, only of searched layers; overlapping ones joined, in the order of the layers."""
         if self.runs_the_model and example_inputs is None:
@@ -260,13 +263,15 @@ class SearchSpace:
         for k, group in enumerate(self.groups):
             if isinstance(group, str):
                 # All layers are followed, so that none is looked through.
-                found += find_groups(model, example_inputs, names, group)
+                found += find_groups(model, example_inputs, known.layers, group)
                 continue
             argument = f"groups[{k}]"
-            members = {name for p in group.layers for name in _matches(argument, p, names, skipped)}
+            members = {name for p in group.layers for name in known.matching(argument, p)}
             if len(members.intersection(searched)) < 2:
                 raise ValueError(f"{argument} is {group}; at least two layers that are searched are needed")
             found.append(Group(tuple(members), group.share))
+        for first in dict.fromkeys(tied.values()):
+            found.append(Group(tuple(name for name in tied if tied[name] == first), "weight"))
         shared: dict[str, set[tuple[str, ...]]] = {}
         for side, bits in zip(SIDES, (self.weight_bits, self.act_bits), strict=True):
             chosen = [group for group in found if side in group.sides and bits is not None]
@@ -318,13 +323,36 @@ def _groups(groups: Sequence[str | Group | Sequence[str]]) -> tuple[str | Group,
     return tuple(checked)
 
 
-def _matches(argument: str, pattern: str, names: Sequence[str], skipped: Mapping[str, str]) -> list[str]:
-    found = [name for name in names if fnmatchcase(name, pattern)]
-    if not found:
-        reasons = {name: why for name, why in skipped.items() if fnmatchcase(name, pattern)}
-        hint = _reasons(reasons) if reasons else did_you_mean(pattern, names)
-        raise ValueError(f"{argument}: the pattern {pattern!r} matches no quantizable layer{hint}")
-    return found
+@dataclass(frozen=True)
+class _Names:
+    """The names in a model that patterns are held against.
+
+    Args:
+        layers: Of the quantizable layers.
+        skipped: Why other layers stay float, by name.
+        second: The first name of a module by each of its further ones.
+    """
+
+    layers: tuple[str, ...]
+    skipped: Mapping[str, str]
+    second: Mapping[str, str]
+
+    def matching(self, argument: str, pattern: str) -> list[str]:
+        """The layers that a pattern given in `argument` matches.
+
+        Raises:
+            ValueError: None; the message says what is known of the modules that it matches, or the nearest names.
+        """
+        found = [name for name in self.layers if fnmatchcase(name, pattern)]
+        if not found:
+            also = {name: f"the same layer as {first!r}: use that name" for name, first in self._shared_layers()}
+            reasons = {name: why for name, why in {**self.skipped, **also}.items() if fnmatchcase(name, pattern)}
+            hint = _reasons(reasons) if reasons else did_you_mean(pattern, [*self.layers, *also])
+            raise ValueError(f"{argument}: the pattern {pattern!r} matches no quantizable layer{hint}")
+        return found
+
+    def _shared_layers(self) -> Iterator[tuple[str, str]]:
+        return ((name, first) for name, first in self.second.items() if first in self.layers)
 
 
 def _reasons(skipped: Mapping[str, str]) -> str:

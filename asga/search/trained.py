@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,6 @@ from asga.nn.layers import QuantizedLayer
 from asga.optim import ASGA
 from asga.optim.batchnorm import restore_running_statistics, save_running_statistics
 from asga.optim.guarded import GuardedSGD
-from asga.policy import did_you_mean
 from asga.recovery import Recovery, halve_steps
 from asga.search.dual import DualAscent
 from asga.search.expected import ExpectedCosts
@@ -194,23 +192,6 @@ class Search:
             for name, found in self.log_probs().items()
             if not self._options.choices.layers[name].pinned
         }
-
-
-def check_optimizer_options(method: str, options: Mapping[str, object]) -> None:
-    """Refuse options that the optimizer of a method does not know, before it is built.
-
-    Raises:
-        ValueError: There is one.
-    """
-    own = {"lr", "momentum", "weight_decay"}
-    known = {*signature(torch.optim.SGD).parameters, *(signature(ASGA).parameters if method != SGD else ())}
-    known -= {*own, "params", "base_optimizer", "base_kwargs", "model", "nesterov"}
-    for name in options:
-        if name in own:
-            raise ValueError(f"optimizer_options has {name!r}, an argument of its own: {name}={options[name]!r}")
-        if name not in known:
-            hint = did_you_mean(name, known) or f"; those are {', '.join(sorted(known))}"
-            raise ValueError(f"optimizer_options has {name!r}, which is no option of method {method!r}{hint}")
 
 
 def _weight_optimizer(options: "PolicySearcher", mixed: nn.Module) -> torch.optim.Optimizer:

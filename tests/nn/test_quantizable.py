@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from asga.nn import MixedConv2d, QuantLinear, find_quantizable
+from asga.nn.quantizable import second_names
 
 
 class OwnForward(nn.Linear):
@@ -108,3 +109,11 @@ def test_registration_order_and_the_first_name_of_a_shared_module():
     layers, skipped = find_quantizable(model)
     assert list(layers) == ["b", "a.0"]
     assert skipped == {}
+
+
+def test_second_names():
+    shared = nn.Sequential(nn.Linear(2, 2))
+    model = nn.ModuleDict({"a": shared, "b": nn.Linear(2, 2), "c": shared})
+    model["d"] = shared[0]
+    assert second_names(model) == {"c": "a", "c.0": "a.0", "d": "a.0"}
+    assert second_names(nn.Linear(2, 2)) == {}

@@ -7,6 +7,7 @@ import torch
 from asga.nn import FloatWeightQuantizer
 from asga.policy import LayerPolicy, Policy
 from asga.search.costs import Costs, cost_tables, known_metrics, layer_size_bits, policy_costs
+from asga.search.groups import Group
 from asga.search.profiles import LayerProfile
 from asga.search.space import LayerChoices, SpaceChoices
 
@@ -81,6 +82,22 @@ class TestCosts:
         with pytest.raises(ValueError, match="no time for layer 'b' with 5 weight bits and float activation bits"):
             policy_costs(TIMED, Policy({**policy, "b": LayerPolicy(5, None)}))
 
+    @pytest.mark.parametrize(
+        ("bits", "weights"),
+        [
+            ((4, 4), 90 * 4 + 32 * 5),
+            ((4, 6), 90 * 10 + 2 * 32 * 5),
+            ((None, None), 90 * 32),
+            ((8, None), 90 * 40 + 160),
+        ],
+        ids=["same", "others", "float", "one float"],
+    )
+    def test_a_tied_weight_is_stored_once_for_each_of_its_bits(self, bits, weights):
+        profiles = {name: replace(PROFILES["a"], name=name, tied_to="a") for name in "ab"}
+        costs = policy_costs(profiles, Policy({name: LayerPolicy(b, 8) for name, b in zip("ab", bits, strict=True)}))
+        assert costs.size_bits == weights + 2 * 32
+        assert costs.bitops == sum(1000 * 8 * (32 if b is None else b) for b in bits)
+
     def test_what_no_profile_or_not_every_profile_knows_is_no_metric(self):
         assert set(known_metrics(PROFILES)) == {"bitops", "size_bits"}
         assert "latency_ns" in known_metrics(TIMED)
@@ -116,6 +133,20 @@ class TestTables:
             for metric, table in tables.items():
                 assert table["a"].dtype == np.int64
                 assert table["a"][i, j] + table["b"][0, 0] + table["c"][0, 0] == getattr(costs, metric)
+
+    @pytest.mark.parametrize("given", [{}, {"d": (3,)}, {"d": (3,), "e": (3,)}, {"d": (8,), "e": (None,)}], ids=str)
+    def test_entries_of_tied_layers_add_up_to_the_cost_of_every_policy(self, given):
+        names = ("d", "a", "e", "b")
+        layers = {name: LayerChoices(given.get(name, (2, 3)), (2, 8)) for name in names if given.get(name) != (None,)}
+        free = tuple(name for name in names if name not in given)
+        choices = SpaceChoices(layers, {}, names, (Group(free, "weight"),))
+        profiles = {name: replace(PROFILES["a"], name=name, tied_to="d") for name in names}
+        table = cost_tables(profiles, choices)["size_bits"]
+        assert all((entries > 0).all() for entries in table.values())  # at least the scale of an input
+        for weight in (0, 1):
+            chosen = {name: (weight if name in free else 0, 1) for name in layers}
+            costs = policy_costs(profiles, choices.policy(chosen))
+            assert sum(table[name][chosen.get(name, (0, 0))] for name in names) == costs.size_bits
 
     def test_totals_beyond_64_bits_are_refused(self):
         huge = LayerProfile("a", "Linear", macs=2**59, weight_numel=1, out_channels=1)

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from asga.search.diagnosis import (
     starved,
     total_increase,
 )
+from asga.search.groups import Group
 from asga.search.probe import LossIncrease
 from asga.search.profiles import LayerProfile
 from asga.search.solver import InfeasibleBudgetError
@@ -110,6 +112,12 @@ class TestPolicies:
         assert total_increase(INCREASES, CHOICES, found) == pytest.approx(best)
         assert policy_costs(PROFILES, found).bitops <= limit
         assert found["first"] == kept
+
+    def test_kept_layers_of_a_group_are_left_out_of_it(self):
+        grouped = replace(CHOICES, groups=(Group(("first", "a", "b"), "act"), Group(("a", "b"), "weight")))
+        kept = {"first": LayerPolicy(2, 8), "a": LayerPolicy(8, 2)}
+        found = least_increase(INCREASES, grouped, PROFILES, {"bitops": 10**6}, kept)
+        assert found == policy((2, 8), (8, 2), (8, 8))
 
     def test_impossible(self):
         with pytest.raises(InfeasibleBudgetError):

@@ -61,6 +61,18 @@ def test_a_layer_called_twice_and_one_without_gradient(twice_net, labeled_batche
     assert all(value > 0 for value in (*found["stem"].weight, *found["twice"].act))
 
 
+def test_a_tied_weight_counts_once(labeled_batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    batches = labeled_batches(1)
+    model(batches[0][0])
+    model[5].weight = model[3].weight
+    found = hessian_sensitivity(model, SPACE, batches, probes=4)
+    assert found["3"].weight[0] > 0
+    assert found["5"].weight == (0, 0, 0)
+    assert found["5"].act[0] > 0
+
+
 def test_a_loss_without_curvature_is_zero(labeled_batches):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
     space = SearchSpace(weight_bits=(2, 3), act_bits=(4,), first_last=None, pinned={"1": 8})

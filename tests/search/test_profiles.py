@@ -59,6 +59,13 @@ class TestProfile:
         assert profiles["0"].macs == 2 * 16
         assert profiles["0"].weight_numel == 16
 
+    def test_tied_weights_say_so(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        model[2].weight = model[0].weight
+        found = profile_layers(model, torch.zeros(1, 4), ["0", "1", "2"])
+        assert [layer.tied_to for layer in found.values()] == ["0", None, "0"]
+        assert profile_layers(model, torch.zeros(1, 4), ["2"])["2"].tied_to is None
+
     def test_inputs_of_one_sample_and_the_largest_of_several_calls(self):
         class Pyramid(nn.Module):
             def __init__(self):

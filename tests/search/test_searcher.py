@@ -387,6 +387,16 @@ class TestSharedModules:
         with pytest.raises(ValueError, match="the pattern 'second' matches no quantizable layer"):
             search(Shared(), self.DATA, SearchSpace(pinned={"second": 4}), method=method)
 
+    def test_tied_weights_have_the_same_bits_and_are_stored_once(self, method):
+        result = search(Shared(), self.DATA, budget=Budget(size="w3"), method=method)
+        assert result.choices.groups == (Group(("tied.0", "tied.1"), "weight"),)
+        assert result.policy["tied.0"].weight_bits == result.policy["tied.1"].weight_bits
+        by_hand = 8 * (64 + 24) + 3 * (64 + 64) + 32 * (8 + 8 + 8 + 3) + 5 * 32
+        assert result.policy.meta["limits"] == {"size_bits": by_hand}
+        quantized = asga.quantize(Shared(), result.policy)
+        scales = [p for name, p in quantized.named_parameters() if "weight_quantizer" in name]
+        assert sum(p.numel() for p in scales) == 8 + 8 + 8 + 3
+
     def test_tied_weights_stay_so_whatever_their_bits(self, method):
         space = SearchSpace(pinned={"tied.0": (2, 4), "tied.1": (6, 4)})
         started = PolicySearcher(Shared(), space, budget=W4A4, epochs=1, method=method).start(self.DATA)
@@ -734,6 +744,7 @@ class TestBadInput:
             ),
             ({"optimizer_options": {"rho_max": 0.2}, "method": "sgd"}, "'rho_max', which is no option of method 'sgd'"),
             ({"optimizer_options": {"lr": 0.2}}, "optimizer_options has 'lr', an argument of its own: lr=0.2"),
+            ({"optimizer_options": {"rho_max": -1}}, "rho_max is -1; it must be finite and not negative"),
         ],
     )
     def test_options_out_of_range(self, tiny_net, options, message):
@@ -757,6 +768,10 @@ class TestBadInput:
             ({"optimizer_options": [0.2]}, r"optimizer_options is \[0.2\]; a mapping"),
             ({"latency_table": "times.csv"}, "latency_table is 'times.csv'; a LatencyTable"),
             ({"folder": 3}, "folder is 3; a path or a RunFolder"),
+            ({"optimizer_options": []}, r"optimizer_options is \[\]; a mapping"),
+            ({"loss_fn": "mse"}, "loss_fn is 'mse'; a function is needed"),
+            ({"progress": True}, "progress is True; a function, or None, is needed"),
+            ({"stage": 1}, "stage is 1; a name is needed"),
             ({"meta": "resnet20"}, "meta is 'resnet20'; a mapping is needed"),
         ],
         ids=lambda value: str(value)[:40],

@@ -177,6 +177,28 @@ class TestChoices:
         with pytest.raises(ValueError, match=r"'emb\*' matches no quantizable layer\n  'embed': Embedding"):
             space(exclude=("emb*",)).choices(small_net())
 
+    @pytest.mark.parametrize(
+        ("arguments", "argument"),
+        [
+            ({"pinned": {"twin.*": 4}}, "pinned"),
+            ({"exclude": ("twin.0",)}, "exclude"),
+            ({"groups": [["twin.0", "b.*"]]}, "groups"),
+        ],
+        ids=["pin", "exclude", "group"],
+    )
+    def test_second_name_of_a_shared_layer_says_the_first(self, arguments, argument):
+        model = small_net()
+        model["twin"] = nn.Sequential(model["a"][0])
+        with pytest.raises(ValueError, match=argument) as caught:
+            space(**arguments).choices(model)
+        assert "\n  'twin.0': the same layer as 'a.0': use that name" in str(caught.value)
+
+    def test_a_name_like_a_second_one_is_shown(self):
+        model = small_net()
+        model["twin"] = model["a"][0]
+        with pytest.raises(ValueError, match="did you mean 'twin'"):
+            space(exclude=("twim",)).choices(model)
+
     def test_nothing_quantizable(self):
         with pytest.raises(ValueError, match="no layer that can be quantized\n  'embed': Embedding"):
             space().choices(nn.ModuleDict({"embed": nn.Embedding(3, 2), "bn": nn.BatchNorm1d(2)}))
@@ -224,6 +246,18 @@ class TestGroups:
     def test_pinned_and_excluded_layers_are_left_out(self):
         found = space(groups=[["*"]], pinned={"a.0": 4}, exclude=["b.0"]).choices(small_net())
         assert found.groups == (Group(("a.2", "b.2")),)
+
+    def test_tied_weights_share_their_bits(self):
+        model = small_net()
+        model["b"][0].weight = model["stem"].weight = model["a"][0].weight
+        tied = Group(("a.0", "b.0"), "weight")
+        assert space().choices(model).groups == (tied,)  # the stem is pinned
+        assert space(groups=[Group(["a.*"], "both")]).choices(model).groups == (
+            Group(("a.0", "a.2"), "act"),
+            Group(("a.0", "a.2", "b.0"), "weight"),
+        )
+        assert space(groups=[["a.0", "b.0"]]).choices(model).groups == (Group(("a.0", "b.0")),)
+        assert space(exclude=["b.0"]).choices(model).groups == ()
 
     def test_by_rule(self):
         rules = space(groups=["residual", "qkv"], first_last=None)

@@ -1,0 +1,48 @@
+"""Options that a trainer hands on to its optimizer, checked when they are given to the trainer."""
+
+from collections.abc import Mapping
+from inspect import signature
+
+import torch
+from torch import nn
+
+from asga.optim.asga import ASGA
+from asga.optim.guarded import GuardedSGD
+from asga.policy import did_you_mean
+
+
+def check_optimizer_options(
+    method: str, options: Mapping[str, object], *, two_passes: bool, momentum: float, lr: float
+) -> None:
+    """Refuse what the optimizer of a method would refuse, before a trainer changes anything.
+
+    Args:
+        method: What the trainer calls it, for messages.
+        options: For `ASGA` around SGD, or for SGD alone.
+        two_passes: Whether it is `ASGA`.
+        momentum: An argument of the trainer, like `lr`.
+        lr: Likewise.
+
+    Raises:
+        TypeError: `options` is no mapping, or a value is of another type.
+        ValueError: There is an option that the optimizer does not know, or a value is out of range.
+    """
+    if not isinstance(options, Mapping):
+        raise TypeError(f"optimizer_options is {options!r}; a mapping such as {{'rho_max': 0.2}} is needed")
+    own = {"lr", "momentum", "weight_decay"}
+    known = {*signature(torch.optim.SGD).parameters, *(signature(ASGA).parameters if two_passes else ())}
+    known -= {*own, "params", "base_optimizer", "base_kwargs", "model", "nesterov"}
+    for name in options:
+        if name in own:
+            raise ValueError(f"optimizer_options has {name!r}, an argument of its own: {name}={options[name]!r}")
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; those are {', '.join(sorted(known))}"
+            raise ValueError(f"optimizer_options has {name!r}, which is no option of method {method!r}{hint}")
+    # Its own checks see the values. What it needs the model for has to wait for that.
+    values = {name: value for name, value in options.items() if (name, value) != ("perturb", "quantized")}
+    sgd = {"lr": lr, "momentum": momentum, "nesterov": momentum > 0}
+    stand_in = nn.Linear(1, 1)
+    if two_passes:
+        ASGA(stand_in.parameters(), torch.optim.SGD, **sgd, **values)
+    else:
+        GuardedSGD(stand_in.parameters(), model=stand_in, **sgd, **values)
