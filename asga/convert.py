@@ -63,7 +63,7 @@ def prepare(
             changed.
     """
     model = unwrapped(model)
-    _check_float(model)
+    check_float(model)
     choices = space.choices(model) if hasattr(space, "choices") else space
     layers = choices.layers
     pinned = {name: (c.weight_bits[0], c.act_bits[0]) for name, c in layers.items() if c.pinned}
@@ -102,7 +102,7 @@ def quantize(
             changed.
     """
     model = unwrapped(model)
-    _check_float(model)
+    check_float(model)
     target = check_policy(model, policy, target=target)
     fixed = {
         name: (layer.weight_bits, layer.act_bits)
@@ -151,7 +151,12 @@ def quantization_summary(model: nn.Module) -> list[LayerSummary]:
     return rows
 
 
-def _check_float(model: nn.Module) -> None:
+def check_float(model: nn.Module) -> None:
+    """Refuse a model that is converted already.
+
+    Raises:
+        ValueError: It is.
+    """
     converted = next((name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)), None)
     if converted is not None:
         raise ValueError(

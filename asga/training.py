@@ -265,7 +265,7 @@ class Stage:
         state = None if self._folder is None else self._folder.load_checkpoint()
         if state is None or state["stage"] != self._name:
             return False
-        before = state.get("setting", self._setting)  # checkpoints of earlier versions have none
+        before = state.get("setting") or self._setting  # checkpoints of earlier versions have none
         for name in {**before, **self._setting}:
             if before.get(name) != self._setting.get(name):
                 raise ValueError(

@@ -161,7 +161,7 @@ class TransferTrainer:
         Raises:
             TrainingError: The loss is not finite, or the data do not fit the model.
             TypeError: A batch has another form.
-            ValueError: A loader is empty or has no length.
+            ValueError: A loader is empty or has no length, or `folder` holds another training.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the training.
         """
         steps = self.epochs * count_batches(train)
@@ -201,12 +201,22 @@ class TransferTrainer:
             checkpoint_every=self.checkpoint_every,
             folder=open_folder(self.folder, "transfer"),
             progress=self.progress,
+            setting=self._setting(),
         )
         history = stage.run(train, step, end_epoch)
         evaluation = None
         if val is not None:
             evaluation = evaluate(self.model, val, loss_fn=self.loss_fn, autocast=self.autocast)
         return TransferResult(evaluation, history)
+
+    def _setting(self) -> dict[str, str]:
+        """What a training that goes on must have in common with the one that was interrupted."""
+        names = ("method", "lr", "momentum", "weight_decay", "warmup", "autocast")
+        plain = (bool, int, float, str, tuple, type(None))  # others may print where they lie in memory
+        return {
+            **{name: str(getattr(self, name)) for name in names},
+            **{name: str(value) for name, value in self.optimizer_options.items() if isinstance(value, plain)},
+        }
 
     def _measure_batchnorm(self, train: Iterable[Batch]) -> None:
         """Running statistics of the final weights: those of training lag behind by a momentum of 0.1 a step."""

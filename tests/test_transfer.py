@@ -229,6 +229,24 @@ class TestNotFinite:
         trainer.fit(labeled_batches())
         assert is_finite(model)
 
+    @pytest.mark.parametrize(
+        "changed", [{"lr": 0.05}, {"optimizer_options": {"rho_max": 0.1}}, {"method": "sgd"}], ids=str
+    )
+    def test_goes_on_with_the_same_options_only(self, tiny_net, labeled_batches, tmp_path, changed):
+        options = {"epochs": 2, "folder": tmp_path / "run", "checkpoint_every": 2}
+
+        def stop(state) -> None:
+            if state.step == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            TransferTrainer(tiny_net(), **options, progress=stop).fit(labeled_batches())
+        with pytest.raises(
+            ValueError, match=rf"was made with {next(iter(changed.get('optimizer_options', changed)))} "
+        ):
+            TransferTrainer(tiny_net(), **{**options, **changed}).fit(labeled_batches())
+        TransferTrainer(tiny_net(), **options).fit(labeled_batches())
+
     def test_folder_by_its_path(self, tiny_net, labeled_batches, tmp_path):
         TransferTrainer(tiny_net(), epochs=1, folder=tmp_path / "run").fit(labeled_batches())
         trainer = TransferTrainer(tiny_net(), epochs=1, folder=tmp_path / "run", progress=pytest.fail)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from asga._batches import Batch, first_sample, to_device
 from asga._checks import check_autocast, check_call, check_count, check_instance, check_number
 from asga._extras import require
-from asga.convert import prepare
+from asga.convert import check_float, prepare
 from asga.nn import calibrate
 from asga.nn.quantizable import unwrapped
 from asga.optim.handed_on import check_optimizer_options
@@ -89,7 +89,7 @@ class PolicySearcher:
 
     Raises:
         TypeError: An option is of another type.
-        ValueError: An option is out of range, or the model has no layer to search.
+        ValueError: An option is out of range, or the model has no layer to search or is converted already.
 
     Source:
         The relaxation: Cai and Vasconcelos, "Rethinking Differentiable Search for Mixed-Precision Neural
@@ -165,6 +165,7 @@ class PolicySearcher:
         check_instance("meta", meta, (Mapping, type(None)), "a mapping")
         self.space = space if space is not None else SearchSpace()
         model = unwrapped(model)
+        check_float(model)
         # Rules for groups run the model; without `example_inputs` they wait for the loader.
         waits = self.space.runs_the_model and example_inputs is None
         self.choices = None if waits else self.space.choices(model, _beside(model, example_inputs))
@@ -307,8 +308,9 @@ class PolicySearcher:
         if self.method not in TRAINED:
             raise ValueError(f"method is {self.method!r}, which makes no steps: call fit")
         profiles, limits = self.check(loader)
-        self.folder = open_folder(self.folder, "search")
-        return Search(self, self._mixture(loader).train(), profiles, limits, loader)
+        mixture = self._mixture(loader).train()
+        self.folder = open_folder(self.folder, "search")  # last, so that nothing is written where there is an error
+        return Search(self, mixture, profiles, limits, loader)
 
     def check(self, loader: Iterable[Batch]) -> tuple[dict[str, LayerProfile], dict[str, int]]:
         """Find what would make `fit` refuse to start, without training: for before a float model is trained.
@@ -351,7 +353,8 @@ class PolicySearcher:
 
 def _beside(model: nn.Module, inputs: ExampleInputs | None) -> ExampleInputs | None:
     """Inputs on the device of the model."""
-    return inputs if inputs is None else to_device(inputs, next(model.parameters()).device)
+    parameter = next(model.parameters(), None)
+    return inputs if inputs is None or parameter is None else to_device(inputs, parameter.device)
 
 
 def _compared(

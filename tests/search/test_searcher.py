@@ -780,6 +780,16 @@ class TestBadInput:
         with pytest.raises(TypeError, match=message):
             PolicySearcher(tiny_net(), **{"budget": W4A4, "epochs": 1, **options})
 
+    def test_a_converted_model(self, tiny_net):
+        quantized = asga.quantize(tiny_net(), SearchSpace().choices(tiny_net()).uniform(4, 4))
+        with pytest.raises(ValueError, match="the model is converted already"):
+            PolicySearcher(quantized, budget=W4A4)
+
+    @pytest.mark.parametrize("example_inputs", [None, torch.zeros(1, 3)], ids=["without", "with"])
+    def test_a_model_without_parameters(self, example_inputs):
+        with pytest.raises(ValueError, match="no layer that can be quantized"):
+            PolicySearcher(nn.Flatten(), budget=W4A4, example_inputs=example_inputs)
+
     def test_no_model(self):
         with pytest.raises(TypeError, match=r"model is 'resnet20'; a torch.nn.Module is needed"):
             PolicySearcher("resnet20", budget=W4A4)
