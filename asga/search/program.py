@@ -1,12 +1,16 @@
 """The integer program behind the solver: exact, and small enough to be quick."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from asga._extras import require
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 # HiGHS stops within 1e-6 of the optimum, whatever its scale. With the largest loss scaled to 1e3 that is 1e-9
 # of it; a much larger scale would run into the 1e-6 by which HiGHS lets variables miss 0 and 1.
@@ -72,8 +76,9 @@ class Program:
         extras = [[pair.extra[m] / max(room, 1) for pair in self._pairs] for m, room in enumerate(slack)]
         self._limits = np.array(extras, dtype=float).reshape(len(slack), len(self._pairs))
         self._upper = np.ones(len(slack))
-        self._equal = np.array([*self._one_each(len(layers)), *self._linked(links)])
-        self._equal_to = np.array([1.0] * len(layers) + [0.0] * (len(self._equal) - len(layers)))
+        self._equal = self._equalities(links)
+        self._equal_to = np.zeros(self._equal.shape[0])
+        self._equal_to[: len(layers)] = 1.0
         losses = np.array([pair.loss for pair in self._pairs])
         self._scale = LARGEST_LOSS / (losses.max() or 1.0)
         self._losses = losses * self._scale
@@ -109,19 +114,25 @@ class Program:
     def _loss(self, chosen: Sequence[Pair]) -> float:
         return math.fsum(pair.loss for pair in chosen) * self._scale
 
-    def _one_each(self, layers: int) -> Iterator[np.ndarray]:
-        for layer in range(layers):
-            yield (self._owner == layer).astype(float)
+    def _equalities(self, links: Sequence[Link]) -> "scipy.sparse.csc_array":
+        """A row for each layer, the sum of its pairs, and rows that are zero where linked layers choose the same index.
 
-    def _linked(self, links: Sequence[Link]) -> Iterator[np.ndarray]:
-        """Rows that are zero where the first layer of a link and another one choose the same index."""
+        Sparse: of a thousand layers' rows all but a thousandth is zero.
+        """
+        entries = [(self._owner, np.arange(len(self._owner)), np.ones(len(self._owner)))]
+        count = int(self._owner[-1]) + 1
         for link in links:
-            first, *others = link.layers
+            first, *others = (np.flatnonzero(self._owner == layer) for layer in link.layers)
             place = np.array([pair.index[link.axis] for pair in self._pairs])
-            for index in np.unique(place):
-                for other in others:
-                    here = place == index
-                    yield (here & (self._owner == first)).astype(float) - (here & (self._owner == other))
+            for other in others:
+                members = np.concatenate([first, other])
+                indices, rows = np.unique(place[members], return_inverse=True)
+                signs = np.repeat([1.0, -1.0], [len(first), len(other)])
+                entries.append((count + rows, members, signs))
+                count += len(indices)
+        rows, columns, values = map(np.concatenate, zip(*entries, strict=True))
+        shape = count, len(self._pairs)
+        return require("scipy.sparse", "search").csc_array((values, (rows, columns)), shape=shape)
 
     def _relaxed(self) -> tuple[float | None, np.ndarray | None]:
         """A lower bound of the loss, and by how much more a solution with a certain pair loses at least."""
