@@ -275,4 +275,4 @@ def describe_seeds(results: Mapping[str, SearchResult]) -> list[str]:
 
 def _agreement(results: Mapping[str, SearchResult]) -> Agreement:
     policies = {name: result.policy for name, result in results.items()}
-    return policy_agreement(policies, searched_choices(next(iter(results.values())).choices))
+    return policy_agreement(policies, searched_choices(next(iter(results.values())).choices) or None)

@@ -203,10 +203,12 @@ def _read_bits(text: str | None) -> Bits:
 
 
 def _read_time(unit: str, text: str | None) -> int:
+    text = text or ""
     try:
-        time = Fraction(text or "")
+        # Through float where there is an exponent: a fraction has all the digits of 1e999999999, one by one.
+        time = Fraction(repr(float(text)) if "e" in text.lower() else text)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{unit} is {text!r}; a finite number is needed") from None
+        raise ValueError(f"{unit} is {text or None!r}; a finite number is needed") from None
     if time < 0:
         raise ValueError(f"{unit} is {text}; it must not be negative")
     return round(time * _UNITS[unit])

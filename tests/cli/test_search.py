@@ -344,6 +344,13 @@ def whole_of_three(search_arguments, factories, tmp_path_factory):
 
 
 class TestSeeds:
+    def test_nothing_to_choose(self, run, search_arguments):
+        """One candidate everywhere: all tensors are compared, since none was in question."""
+        one = ("--weight-bits", 4, "--act-bits", 4, "--budget", "bitops=w8a8")
+        status, out, err = run(*search_arguments, *one, "--method", "random", "--seeds", 2)
+        assert (status, err) == (0, "")
+        assert "2 seeds: two of them agree on 100.0%" in out
+
     def test_each_has_its_policy_and_all_have_one(self, whole_of_three):
         found = [SearchResult.load(whole_of_three / f"search-seed{seed}.json") for seed in (5, 6, 7)]
         policies = [asga.Policy.load(whole_of_three / f"policy-seed{seed}.json") for seed in (5, 6, 7)]
