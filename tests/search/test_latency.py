@@ -68,7 +68,10 @@ class TestCsv:
             ),
             ("layer,weight_bits,act_bits,seconds\na,2,2,-1", "line 2: seconds is -1; it must not be negative"),
             ("layer,weight_bits,act_bits,seconds\na,2,2,nan", "line 2: seconds is 'nan'; a finite number is needed"),
-            ("layer,weight_bits,act_bits,seconds\na,2,2,1e999999999", "line 2: seconds is '1e999999999'; a finite number"),
+            (
+                "layer,weight_bits,act_bits,seconds\na,2,2,1e999999999",
+                "line 2: seconds is '1e999999999'; a finite number",
+            ),
             ("layer,weight_bits,act_bits,seconds\na,2,2,inf", "line 2: seconds is 'inf'; a finite number"),
             ("layer,weight_bits,act_bits,seconds\na,2,2", "line 2: seconds is None; a finite number"),
             ("layer,weight_bits,act_bits,seconds\na,2,2,1/0", "line 2: seconds is '1/0'; a finite number"),
