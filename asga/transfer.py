@@ -161,7 +161,8 @@ class TransferTrainer:
         Raises:
             TrainingError: The loss is not finite, or the data do not fit the model.
             TypeError: A batch has another form.
-            ValueError: A loader is empty or has no length, or `folder` holds another training.
+            ValueError: A loader is empty or has no length, or `folder` holds another training; that is found once
+                activation scales that were not set have been calibrated, with nothing trained and nothing written.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the training.
         """
         steps = self.epochs * count_batches(train)
