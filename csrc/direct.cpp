@@ -1,12 +1,40 @@
 // The sweeps as functions of Python, on addresses: for tensors so small that PyTorch's dispatcher, boxed arguments and
-// threads cost more than the sweep. Contiguous float32, one thread. `asga/ops/direct.py` checks what has to be checked.
+// threads cost more than the sweep. Contiguous values in float32 or a 16-bit format, parameters in float32, one thread.
+// `asga/ops/direct.py` checks what has to be checked.
 #include "direct.h"
 
 #include "cpu/fake_quant.h"
 #include "cpu/mixed_fake_quant.h"
+#include "cpu/storage.h"
 
 namespace asga {
 namespace {
+
+// Of the values; `FORMATS` in asga/ops/direct.py.
+enum Format : int64_t { kFloat32, kBFloat16, kFloat16 };
+
+// Calls run(scalar_t{}) with the storage type of a format.
+template <typename Run>
+void with_format(Format format, const Run& run) {
+  switch (format) {
+    case kBFloat16:
+      return run(BFloat16{});
+    case kFloat16:
+      return run(Half{});
+    default:
+      return run(float{});
+  }
+}
+
+template <typename scalar_t>
+const scalar_t* values_at(const void* address) {
+  return static_cast<const scalar_t*>(address);
+}
+
+template <typename scalar_t>
+scalar_t* values_at(void* address) {
+  return static_cast<scalar_t*>(address);
+}
 
 // Runs all tasks here and now.
 struct Serial {
@@ -33,6 +61,15 @@ class Arguments {
   ChannelLayout layout() {
     const int64_t outer = integer(), channels = integer();
     return {outer, channels, integer()};
+  }
+  Format format() {
+    const int64_t format = integer();
+    if (good_ && (format < kFloat32 || format > kFloat16)) {
+      good_ = false;
+      PyErr_Format(PyExc_ValueError, "format %lld; 0 (float32), 1 (bfloat16) and 2 (float16) are known",
+                   static_cast<long long>(format));
+    }
+    return static_cast<Format>(format);
   }
   // A list or tuple of up to kMaxCandidates integers; returns how many.
   int integers(int64_t (&to)[kMaxCandidates]) {
@@ -99,51 +136,69 @@ PyObject* none() {
 }
 
 PyObject* py_fake_quant(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments arguments("fake_quant", values, count, 9);
-  const auto* x = arguments.pointer<const float>();
-  auto* y = arguments.pointer<float>();
+  Arguments arguments("fake_quant", values, count, 10);
+  const auto* x = arguments.pointer<const void>();
+  auto* y = arguments.pointer<void>();
   const FakeQuant<float> op = read_fake_quant(arguments);
+  const Format format = arguments.format();
   if (!arguments.good()) return nullptr;
-  fake_quant_forward(op, x, y, Serial{});
+  with_format(format, [&](auto value) {
+    using scalar_t = decltype(value);
+    fake_quant_forward(op, values_at<scalar_t>(x), values_at<scalar_t>(y), Serial{});
+  });
   return none();
 }
 
 PyObject* py_fake_quant_backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments arguments("fake_quant_backward", values, count, 12);
-  const auto* g = arguments.pointer<const float>();
-  const auto* x = arguments.pointer<const float>();
-  auto* dx = arguments.pointer<float>();
+  Arguments arguments("fake_quant_backward", values, count, 13);
+  const auto* g = arguments.pointer<const void>();
+  const auto* x = arguments.pointer<const void>();
+  auto* dx = arguments.pointer<void>();
   auto* grad_scale = arguments.pointer<float>();
   auto* grad_zero_point = arguments.pointer<float>();
   const FakeQuant<float> op = read_fake_quant(arguments);
+  const Format format = arguments.format();
   if (!arguments.good()) return nullptr;
-  fake_quant_backward(op, g, x, dx, grad_scale, grad_zero_point, Serial{});
+  with_format(format, [&](auto value) {
+    using scalar_t = decltype(value);
+    fake_quant_backward(op, values_at<scalar_t>(g), values_at<scalar_t>(x), values_at<scalar_t>(dx), grad_scale,
+                        grad_zero_point, Serial{});
+  });
   return none();
 }
 
 PyObject* py_mixed_fake_quant(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments arguments("mixed_fake_quant", values, count, 10);
-  const auto* x = arguments.pointer<const float>();
-  auto* y = arguments.pointer<float>();
+  Arguments arguments("mixed_fake_quant", values, count, 11);
+  const auto* x = arguments.pointer<const void>();
+  auto* y = arguments.pointer<void>();
   Ranges ranges;
   const MixedFakeQuant<float> op = read_mixed_fake_quant(arguments, ranges);
+  const Format format = arguments.format();
   if (!arguments.good()) return nullptr;
-  mixed_fake_quant_forward(op, x, y, Serial{});
+  with_format(format, [&](auto value) {
+    using scalar_t = decltype(value);
+    mixed_fake_quant_forward(op, values_at<scalar_t>(x), values_at<scalar_t>(y), Serial{});
+  });
   return none();
 }
 
 PyObject* py_mixed_fake_quant_backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments arguments("mixed_fake_quant_backward", values, count, 14);
-  const auto* g = arguments.pointer<const float>();
-  const auto* x = arguments.pointer<const float>();
-  auto* dx = arguments.pointer<float>();
+  Arguments arguments("mixed_fake_quant_backward", values, count, 15);
+  const auto* g = arguments.pointer<const void>();
+  const auto* x = arguments.pointer<const void>();
+  auto* dx = arguments.pointer<void>();
   auto* grad_scales = arguments.pointer<float>();
   auto* grad_probs = arguments.pointer<float>();
   auto* grad_zero_points = arguments.pointer<float>();
   Ranges ranges;
   const MixedFakeQuant<float> op = read_mixed_fake_quant(arguments, ranges);
+  const Format format = arguments.format();
   if (!arguments.good()) return nullptr;
-  mixed_fake_quant_backward(op, g, x, dx, grad_scales, grad_probs, grad_zero_points, Serial{});
+  with_format(format, [&](auto value) {
+    using scalar_t = decltype(value);
+    mixed_fake_quant_backward(op, values_at<scalar_t>(g), values_at<scalar_t>(x), values_at<scalar_t>(dx), grad_scales,
+                              grad_probs, grad_zero_points, Serial{});
+  });
   return none();
 }
 
@@ -155,7 +210,7 @@ constexpr PyCFunction as_method(Function function) {
 }  // namespace
 
 // Addresses: x, y, g, dx, gradients of the parameters, scale(s), probs, zero point(s); 0 for none. Then the range or
-// the lists of ranges, and the layout: outer, channels, inner.
+// the lists of ranges, and the layout: outer, channels, inner, format.
 PyMethodDef direct_methods[] = {
     {"fake_quant", as_method(py_fake_quant), METH_FASTCALL, nullptr},
     {"fake_quant_backward", as_method(py_fake_quant_backward), METH_FASTCALL, nullptr},

@@ -101,8 +101,7 @@ def _directly(ctx, grad: Tensor, saved: tuple[Tensor, ...]) -> bool:
         ctx.layout is not None
         and not torch.is_grad_enabled()
         and not torch._C._functorch.is_legacy_batchedtensor(grad)
-        and direct.plain(grad)
-        and all(map(direct.plain, saved))
+        and direct.fits(ctx.layout, grad, *saved)
         and _counts(saved) == ctx.counts
     )
 

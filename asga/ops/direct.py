@@ -2,8 +2,8 @@
 
 On the weight of a depthwise layer the sweep takes two microseconds and the call of an operator ten: boxed arguments,
 a look-up by keys, an allocation through the stable interface. Where nothing can be looking at the operators, and the
-tensors are contiguous float32, the eager gradients in `asga.ops.autograd` call the same sweeps on addresses instead,
-in one thread. Results have the same bits.
+tensors are contiguous, the eager gradients in `asga.ops.autograd` call the same sweeps on addresses instead, in one
+thread. Results have the same bits.
 """
 
 import torch
@@ -19,35 +19,48 @@ if backends.unavailable("cpu") is None:
 _LARGEST = 2**18
 _PLAIN = (Tensor, Parameter)
 
-# Outer, channels, inner, as in csrc/channel_layout.h.
-Layout = tuple[int, int, int]
+# As csrc/direct.cpp numbers them. Scales, zero points and probabilities are in float32 here.
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Outer, channels, inner, as in csrc/channel_layout.h, and the format of the values.
+Layout = tuple[int, int, int, int]
 
 
 def layout(candidates: int, axis: int | None, input: Tensor, *others: Tensor) -> Layout | None:
     """How the channels of `input` lie, if the functions below take these tensors; otherwise None."""
     numel = input.numel()
-    if not 0 < numel * candidates <= _LARGEST or not backends.serves_cpu() or not plain(input):
+    if not 0 < numel * candidates <= _LARGEST or not backends.serves_cpu():
+        return None
+    dtype = input.dtype
+    format = FORMATS.get(dtype)
+    if format is None or not plain(input, dtype):
         return None
     # Modes, such as those of fake tensors and of counting operations, want to see operators, and so does a trace.
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return None
-    for tensor in others:
-        if not plain(tensor):
-            return None
+    if not all(map(plain, others)):
+        return None
     if axis is None or (channels := input.shape[axis]) == 1:
-        return 1, 1, numel
+        return 1, 1, numel, format
     inner = input.stride(axis)
-    return numel // (channels * inner), channels, inner
+    return numel // (channels * inner), channels, inner, format
 
 
-def plain(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor holds its values in float32, in order.
+def fits(layout: Layout, grad: Tensor, input: Tensor, *others: Tensor) -> bool:
+    """Whether the functions for backward take these tensors, with the layout that forward was run with."""
+    dtype = input.dtype
+    same_format = FORMATS.get(dtype) == layout[3]
+    return same_format and plain(grad, dtype) and plain(input, dtype) and all(map(plain, others))
+
+
+def plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the memory of a tensor holds its values in this dtype, in order.
 
     Subclasses may have no memory; lazily negated tensors and lazy zeros have other values in it.
     """
     return (
         type(tensor) in _PLAIN
-        and tensor.dtype is torch.float32
+        and tensor.dtype is dtype
         and tensor.is_contiguous()
         and tensor.is_cpu
         and not tensor.is_neg()

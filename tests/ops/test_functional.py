@@ -415,6 +415,32 @@ def test_hooks_may_bring_saved_tensors_back_in_another_dtype(name):
 
 
 @per_backend
+@pytest.mark.parametrize("back", [torch.float32, torch.float16], ids=str)
+def test_hooks_may_bring_the_input_back_in_another_dtype(back, name):
+    """As offloading or compressing saved tensors may: the values are read in the dtype that they have by then."""
+    x, scale = _needs_grad(X.bfloat16(), _CHANNEL_SCALE)
+    with (
+        backend(name),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.to(back) if t.dim() == 2 else t),
+    ):
+        output = fake_quant(x, scale, quant_min=-8, quant_max=7, axis=1)
+        found = torch.autograd.grad(output.sum(), (x, scale))
+    output = fake_quant(x, scale, quant_min=-8, quant_max=7, axis=1)
+    for actual, wanted in zip(found, torch.autograd.grad(output.sum(), (x, scale)), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=2e-2, check_dtype=False)
+
+
+@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no CPU kernels here")
+def test_parameters_in_16_bits_go_through_the_dispatcher(calls_past_the_dispatcher):
+    x, scale = _needs_grad(X.bfloat16(), _CHANNEL_SCALE.bfloat16())
+    with backend("cpu"), calls_past_the_dispatcher() as calls:
+        output = fake_quant(x, scale, quant_min=-8, quant_max=7, axis=1)
+        found = torch.autograd.grad(output.sum(), (x, scale))
+    assert calls == []
+    assert [t.dtype for t in found] == [torch.bfloat16] * 2
+
+
+@per_backend
 @pytest.mark.parametrize("which", [0, 1], ids=["input", "scale"])
 def test_memory_that_shrinks_before_backward_is_refused(which, name):
     """As sharded training frees a parameter: it sets `data`, of which autograd's count of versions knows nothing."""

@@ -105,22 +105,29 @@ ASGA_INLINE Doubles load(const double* from) {
   return value;
 }
 
-ASGA_INLINE Floats load(const BFloat16* from) {
-  Halves bits;
-  memcpy(&bits, from, sizeof bits);
+// The floats of 16-bit values as they lie in memory, of the format that the first argument points to.
+ASGA_INLINE Floats widen(const BFloat16*, Halves bits) {
   return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
 }
 
-ASGA_INLINE Floats load(const Half* from) {
+ASGA_INLINE Floats widen(const Half*, Halves bits) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  return reinterpret_cast<Floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(bits)));
 #elif defined(__F16C__)
-  return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  return reinterpret_cast<Floats>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
 #else
   Floats value;
-  for (int lane = 0; lane < kWidth<Floats>; ++lane) value[lane] = half_to_float(from[lane].bits);
+  for (int lane = 0; lane < kWidth<Floats>; ++lane) value[lane] = half_to_float(bits[lane]);
   return value;
 #endif
+}
+
+template <typename scalar_t>
+ASGA_INLINE Floats load(const scalar_t* from) {
+  static_assert(sizeof(scalar_t) == sizeof(uint16_t));
+  Halves bits;
+  memcpy(&bits, from, sizeof bits);
+  return widen(from, bits);
 }
 
 // Values as they lie in memory: what `store` writes.
@@ -211,13 +218,24 @@ ASGA_INLINE void store_some(scalar_t* to, V value, int count) {
 }
 
 #if defined(__AVX512F__)
+ASGA_INLINE __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+
 ASGA_INLINE Floats load_some(const float* from, int count) {
-  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1u);
-  return reinterpret_cast<Floats>(_mm512_mask_loadu_ps(_mm512_set1_ps(*from), mask, from));
+  return reinterpret_cast<Floats>(_mm512_mask_loadu_ps(_mm512_set1_ps(*from), first_lanes(count), from));
+}
+
+ASGA_INLINE Halves load_some_bits(const void* from, int count) {
+  int16_t first;
+  memcpy(&first, from, sizeof first);
+  return reinterpret_cast<Halves>(_mm256_mask_loadu_epi16(_mm256_set1_epi16(first), first_lanes(count), from));
+}
+
+ASGA_INLINE void store_some_bits(void* to, Halves bits, int count) {
+  _mm256_mask_storeu_epi16(to, first_lanes(count), reinterpret_cast<__m256i>(bits));
 }
 
 ASGA_INLINE void store_some(float* to, Floats value, int count) {
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1u), reinterpret_cast<__m512>(value));
+  _mm512_mask_storeu_ps(to, first_lanes(count), reinterpret_cast<__m512>(value));
 }
 #elif defined(__AVX2__)
 ASGA_INLINE __m256i first_lanes(int count) {
@@ -233,6 +251,66 @@ ASGA_INLINE Floats load_some(const float* from, int count) {
 ASGA_INLINE void store_some(float* to, Floats value, int count) {
   _mm256_maskstore_ps(to, first_lanes(count), reinterpret_cast<__m256>(value));
 }
+
+// AVX2 has no masks for 16 bits. Up to four values go in one 64-bit word: a register loaded from a copy made value by
+// value would wait for those stores.
+ASGA_INLINE uint64_t load_word(const char* from, int count) {
+  uint64_t word = 0;
+  if (count >= 4) {
+    memcpy(&word, from, 8);
+    return word;
+  }
+  uint16_t last = 0;
+  if (count & 1) memcpy(&last, from + (count & 2) * 2, 2);
+  if ((count & 2) == 0) return last;
+  uint32_t two;
+  memcpy(&two, from, 4);
+  return static_cast<uint64_t>(last) << 32 | two;
+}
+
+ASGA_INLINE void store_word(char* to, uint64_t word, int count) {
+  if (count >= 4) {
+    memcpy(to, &word, 8);
+    return;
+  }
+  if (count & 2) {
+    memcpy(to, &word, 4);
+    to += 4;
+    word >>= 32;
+  }
+  if (count & 1) memcpy(to, &word, 2);
+}
+
+ASGA_INLINE Halves load_some_bits(const void* from, int count) {
+  uint16_t first;
+  memcpy(&first, from, sizeof first);
+  const char* at = static_cast<const char*>(from);
+  uint64_t low = first * 0x0001000100010001u, high = low;
+  if (count >= 4)
+    low = load_word(at, 4);
+  else
+    low = low << 16 * count | load_word(at, count);
+  if (count >= 8)
+    high = load_word(at + 8, 4);
+  else if (count > 4)
+    high = high << 16 * (count - 4) | load_word(at + 8, count - 4);
+  return reinterpret_cast<Halves>(_mm_set_epi64x(static_cast<long long>(high), static_cast<long long>(low)));
+}
+
+ASGA_INLINE void store_some_bits(void* to, Halves bits, int count) {
+  const __m128i both = reinterpret_cast<__m128i>(bits);
+  char* at = static_cast<char*>(to);
+  store_word(at, static_cast<uint64_t>(_mm_cvtsi128_si64(both)), count);
+  if (count > 4) store_word(at + 8, static_cast<uint64_t>(_mm_extract_epi64(both, 1)), count - 4);
+}
+#endif
+
+#if defined(__AVX2__)
+ASGA_INLINE Floats load_some(const BFloat16* from, int count) { return widen(from, load_some_bits(from, count)); }
+ASGA_INLINE Floats load_some(const Half* from, int count) { return widen(from, load_some_bits(from, count)); }
+
+ASGA_INLINE void store_some(BFloat16* to, Floats value, int count) { store_some_bits(to, narrow(to, value), count); }
+ASGA_INLINE void store_some(Half* to, Floats value, int count) { store_some_bits(to, narrow(to, value), count); }
 #endif
 
 // `value` in the first `count` lanes, zero in the others.
@@ -244,8 +322,7 @@ ASGA_INLINE V keep_some(V value, int count) {
 
 #if defined(__AVX512F__)
 ASGA_INLINE Floats keep_some(Floats value, int count) {
-  return reinterpret_cast<Floats>(
-      _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << count) - 1u), reinterpret_cast<__m512>(value)));
+  return reinterpret_cast<Floats>(_mm512_maskz_mov_ps(first_lanes(count), reinterpret_cast<__m512>(value)));
 }
 #elif defined(__AVX2__)
 ASGA_INLINE Floats keep_some(Floats value, int count) {
