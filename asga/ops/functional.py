@@ -192,7 +192,8 @@ def _check_range(name_min: str, name_max: str, quant_min: int, quant_max: int) -
 
 def _check_integer(name: str, value: int) -> None:
     """Refuses 7.0, which equals 7 and so would be found in caches in its place."""
-    if not isinstance(value, (Integral, torch.SymInt)):
+    # Asking for the abstract class takes longer than the other checks together.
+    if type(value) is not int and not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; an integer is needed")
 
 
