@@ -107,7 +107,15 @@ ASGA_INLINE Doubles load(const double* from) {
 
 // The floats of 16-bit values as they lie in memory, of the format that the first argument points to.
 ASGA_INLINE Floats widen(const BFloat16*, Halves bits) {
-  return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+  // GCC 12 would take the conversion apart.
+#if defined(__AVX512F__)
+  const auto words = reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  const auto words = reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)));
+#else
+  const Words words = __builtin_convertvector(bits, Words);
+#endif
+  return reinterpret_cast<Floats>(words << 16);
 }
 
 ASGA_INLINE Floats widen(const Half*, Halves bits) {
@@ -136,14 +144,20 @@ ASGA_INLINE Doubles narrow(const double*, Doubles value) { return value; }
 
 ASGA_INLINE Halves narrow(const BFloat16*, Floats value) {
   const Words bits = reinterpret_cast<Words>(value);
-  const Words rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
-  const Words kept = value == value ? rounded : Words{} + 0x7fc0u;  // one NaN for all of them
-#if defined(__AVX2__) && !defined(__AVX512F__)
+  const Words rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
+  const Words kept = value == value ? rounded : Words{} + 0x7fc00000u;  // one NaN for all of them
+#if defined(__AVX512F__)
+  // The upper half of every word.
+  typedef uint16_t Parts __attribute__((vector_size(kRegisterBytes)));
+  constexpr Parts kUpper = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  const __m512i parts = _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(kUpper), reinterpret_cast<__m512i>(kept));
+  return reinterpret_cast<Halves>(_mm512_castsi512_si256(parts));
+#elif defined(__AVX2__)
   // GCC 12 would take this conversion apart.
-  const __m256i words = reinterpret_cast<__m256i>(kept);
+  const __m256i words = reinterpret_cast<__m256i>(kept >> 16);
   return reinterpret_cast<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 #else
-  return __builtin_convertvector(kept, Halves);
+  return __builtin_convertvector(kept >> 16, Halves);
 #endif
 }
 
