@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 import zipfile
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import ClassVar
@@ -113,8 +114,11 @@ class RunFolder:
             message = f"{error.strerror}; {before}"
             raise OSError(error.errno, message) from error
 
-    def load_checkpoint(self) -> dict[str, object] | None:
+    def load_checkpoint(self, check: Callable[[dict[str, object]], object] | None = None) -> dict[str, object] | None:
         """The state of the newest checkpoint that can be read, or None; lines that were logged after it are dropped.
+
+        Args:
+            check: Called with the state before anything is changed; what it raises leaves the folder as it is.
 
         Warns:
             UserWarning: The newest is damaged, and the one before is used.
@@ -123,28 +127,30 @@ class RunFolder:
             ValueError: There are checkpoints, but none that can be read, or one of another version. Nothing has been
                 changed.
         """
+        found, damaged = self._newest_checkpoint()
+        if found is not None and check is not None:
+            check(found[0])
         for unfinished in self.path.glob(f".{self._checkpoint.name}.*"):  # a process was killed while it wrote this
             unfinished.unlink()
-        unreadable: list[tuple[Path, str]] = []
-        for path in filter(Path.exists, (self._checkpoint, self._previous)):
-            try:
-                state, metrics_size = _read_checkpoint(path)
-            except _DamagedError as error:
-                unreadable.append((path, str(error)))
-                continue
-            for damaged, reason in unreadable:
-                # Out of the way: the next checkpoint would else take it for good and put it in the place of this one.
-                kept = damaged.rename(self.path / "checkpoint.damaged.pt")
-                warnings.warn(
-                    f"{damaged} is damaged ({reason}; now {kept.name}); going on from the one before it", stacklevel=2
-                )
-            self._drop_metrics(metrics_size)
-            return state
-        if unreadable:
-            found = " and ".join(f"{path} ({reason})" for path, reason in unreadable)
-            raise ValueError(f"{found} cannot be read as a checkpoint. Delete it to begin this stage anew")
-        self._drop_metrics(0)
-        return None
+        for path, reason in damaged:
+            # Out of the way: the next checkpoint would else take it for good and put it in the place of this one.
+            kept = path.rename(self.path / "checkpoint.damaged.pt")
+            warnings.warn(
+                f"{path} is damaged ({reason}; now {kept.name}); going on from the one before it", stacklevel=2
+            )
+        state, metrics_size = found or (None, 0)
+        self._drop_metrics(metrics_size)
+        return state
+
+    def check_checkpoint(self, check: Callable[[dict[str, object]], object]) -> None:
+        """Call `check` with the state that `load_checkpoint` would give, if there is one; nothing is changed.
+
+        Raises:
+            ValueError: As `load_checkpoint`.
+        """
+        found, _ = self._newest_checkpoint()
+        if found is not None:
+            check(found[0])
 
     def finished(self, stage: str) -> dict[str, object] | None:
         """What `finish` recorded of a stage, or None if it has not been finished."""
@@ -180,6 +186,23 @@ class RunFolder:
     @property
     def _stages_path(self) -> Path:
         return self.path / "stages.json"
+
+    def _newest_checkpoint(self) -> tuple[tuple[dict[str, object], int] | None, list[tuple[Path, str]]]:
+        """State and size of the metrics of the newest checkpoint that can be read; newer ones, and why they cannot be.
+
+        Raises:
+            ValueError: None of those that are there can be read, or one is of another version.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for path in filter(Path.exists, (self._checkpoint, self._previous)):
+            try:
+                return _read_checkpoint(path), damaged
+            except _DamagedError as error:
+                damaged.append((path, str(error)))
+        if damaged:
+            found = " and ".join(f"{path} ({reason})" for path, reason in damaged)
+            raise ValueError(f"{found} cannot be read as a checkpoint. Delete it to begin this stage anew")
+        return None, []
 
     def _stages(self) -> dict[str, dict[str, object]]:
         if not self._stages_path.exists():
@@ -226,9 +249,16 @@ def open_folder(folder: RunFolder | str | os.PathLike | None, command: str) -> R
         RunExistsError: The folder holds a run of another command, or one that another process works on.
         ValueError: Its ``config.json`` cannot be read.
     """
+    if folder is None:
+        return None
+    return existing_folder(folder, command) or RunFolder(folder, command, {})
+
+
+def existing_folder(folder: RunFolder | str | os.PathLike | None, command: str) -> RunFolder | None:
+    """As `open_folder`, but None where there is no run yet: nothing is written."""
     if folder is None or isinstance(folder, RunFolder):
         return folder
-    return RunFolder(folder, command, {}, resume=Path(folder, "config.json").exists())
+    return RunFolder(folder, command, {}, resume=True) if Path(folder, "config.json").exists() else None
 
 
 class _DamagedError(ValueError):

@@ -262,23 +262,15 @@ class Stage:
 
     def _resume(self) -> bool:
         """Go on from the checkpoint of this stage, if there is one."""
-        state = None if self._folder is None else self._folder.load_checkpoint()
+        if self._folder is None:
+            return False
+
+        def check(state: Mapping[str, object]) -> None:
+            check_resumable(state, self._name, epochs=self._epochs, steps=self._steps, setting=self._setting)
+
+        state = self._folder.load_checkpoint(check)
         if state is None or state["stage"] != self._name:
             return False
-        before = state.get("setting") or self._setting  # checkpoints of earlier versions have none
-        for name in {**before, **self._setting}:
-            if before.get(name) != self._setting.get(name):
-                raise ValueError(
-                    f"the checkpoint of stage {self._name!r} was made with {name} {before.get(name)}, now it is "
-                    f"{self._setting.get(name)}: resume with the same options, or begin anew in another folder"
-                )
-        lengths = {"epochs": (state["epochs"], self._epochs), "batches an epoch": (state["steps"], self._steps)}
-        for name, (then, now) in lengths.items():
-            if then != now:
-                raise ValueError(
-                    f"the checkpoint of stage {self._name!r} was made with {then} {name}, now there are {now}: resume "
-                    f"with the same data and options, or begin anew in another folder"
-                )
         self._recovery.load_state_dict(state["recovery"])
         for name, part in self._parts.items():
             part.load_state_dict(copied(state["parts"][name]))
@@ -290,6 +282,39 @@ class Stage:
         self._history, self._random_at_epoch = state["history"], state["random_at_epoch"]
         set_random_state(state["random"], self._generators)
         return True
+
+
+def check_resumable(
+    state: Mapping[str, object], stage: str, *, epochs: int, steps: int, setting: Mapping[str, str]
+) -> None:
+    """Refuse to go on from a checkpoint of a stage that had another length or other options; nothing is changed.
+
+    Args:
+        state: Of the checkpoint; one of another stage passes, as it is not gone on from.
+        stage: Name of the stage that is to go on.
+        epochs: Of that stage.
+        steps: Of an epoch.
+        setting: As for `Stage`.
+
+    Raises:
+        ValueError: It was made with something else; the message has both.
+    """
+    if state["stage"] != stage:
+        return
+    before = state.get("setting") or setting  # checkpoints of earlier versions have none
+    for name in {**before, **setting}:
+        if before.get(name) != setting.get(name):
+            raise ValueError(
+                f"the checkpoint of stage {stage!r} was made with {name} {before.get(name)}, now it is "
+                f"{setting.get(name)}: resume with the same options, or begin anew in another folder"
+            )
+    lengths = {"epochs": (state["epochs"], epochs), "batches an epoch": (state["steps"], steps)}
+    for name, (then, now) in lengths.items():
+        if then != now:
+            raise ValueError(
+                f"the checkpoint of stage {stage!r} was made with {then} {name}, now there are {now}: resume "
+                f"with the same data and options, or begin anew in another folder"
+            )
 
 
 def batches_from(loader: Iterable[Batch], epoch: int, start: int = 0) -> Iterator[tuple[Inputs, Tensor]]:

@@ -16,7 +16,7 @@ from asga.optim import ASGA
 from asga.optim.guarded import GuardedSGD
 from asga.optim.handed_on import check_optimizer_options
 from asga.recovery import Recovery, halve_steps
-from asga.runs import RunFolder, open_folder
+from asga.runs import RunFolder, existing_folder, open_folder
 from asga.steps import (
     Evaluation,
     LossFunction,
@@ -32,6 +32,7 @@ from asga.training import (
     Progress,
     Stage,
     batches_from,
+    check_resumable,
     count_batches,
     finite_batches,
     first_batches,
@@ -161,11 +162,19 @@ class TransferTrainer:
         Raises:
             TrainingError: The loss is not finite, or the data do not fit the model.
             TypeError: A batch has another form.
-            ValueError: A loader is empty or has no length, or `folder` holds another training; that is found once
-                activation scales that were not set have been calibrated, with nothing trained and nothing written.
+            ValueError: A loader is empty or has no length, or `folder` holds another training. Nothing has been
+                changed.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the training.
         """
-        steps = self.epochs * count_batches(train)
+        batches, setting = count_batches(train), self._setting()
+        steps = self.epochs * batches
+        folder = existing_folder(self.folder, "transfer")
+        if folder is not None:
+
+            def check(state: Mapping[str, object]) -> None:
+                check_resumable(state, self.stage, epochs=self.epochs, steps=batches, setting=setting)
+
+            folder.check_checkpoint(check)
         calibrate(self.model, first_batches(train, self.calibration_batches))
         self.model.train()
         groups = parameter_groups(self.model, weight_decay=self.weight_decay, lr=self.lr)
@@ -202,7 +211,7 @@ class TransferTrainer:
             checkpoint_every=self.checkpoint_every,
             folder=open_folder(self.folder, "transfer"),
             progress=self.progress,
-            setting=self._setting(),
+            setting=setting,
         )
         history = stage.run(train, step, end_epoch)
         evaluation = None

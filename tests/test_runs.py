@@ -188,6 +188,21 @@ class TestCheckpoint:
         with pytest.warns(UserWarning, match="is damaged"):
             assert len(folder.load_checkpoint()["weights"]) == 100
 
+    def test_one_that_is_refused_changes_nothing(self, folder):
+        def refuse(state):
+            raise ValueError(f"step {state['step']}")
+
+        for step in (1, 2):
+            folder.log(step=step)
+            folder.save_checkpoint({"step": step})
+        folder.log(step=3)
+        (folder.path / "checkpoint.pt").write_bytes(b"")
+        before = contents(folder.path)
+        for look in (folder.check_checkpoint, folder.load_checkpoint):
+            with pytest.raises(ValueError, match="step 1"):
+                look(refuse)
+            assert contents(folder.path) == before
+
     @pytest.mark.parametrize("error", [PermissionError, MemoryError])
     def test_one_that_may_not_be_read_is_not_taken_for_damaged(self, folder, monkeypatch, error):
         def refuse(path):

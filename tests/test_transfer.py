@@ -247,6 +247,32 @@ class TestNotFinite:
             TransferTrainer(tiny_net(), **{**options, **changed}).fit(labeled_batches())
         TransferTrainer(tiny_net(), **options).fit(labeled_batches())
 
+    @pytest.mark.parametrize("changed", [{"lr": 0.05}, {"epochs": 3}], ids=str)
+    def test_a_refused_resume_changes_nothing(self, tiny_net, labeled_batches, tmp_path, bits_of, changed):
+        options = {"epochs": 2, "folder": tmp_path / "run"}
+
+        def stop(state) -> None:
+            if state.epoch == 2 and state.step == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            TransferTrainer(quantized(tiny_net()), **options, progress=stop).fit(labeled_batches())
+        RunFolder(tmp_path / "run", "transfer", {}, resume=True).log(event="later", stage="transfer")
+        model = quantized(tiny_net()).eval()
+        before = bits_of(model.state_dict())
+        files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        with pytest.raises(ValueError, match="the checkpoint of stage 'transfer' was made with"):
+            TransferTrainer(model, **{**options, **changed}).fit(labeled_batches())
+        assert bits_of(model.state_dict()) == before
+        assert not model.training
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
+
+    def test_data_that_do_not_fit_leave_no_folder(self, tiny_net, labeled_batches, tmp_path):
+        trainer = TransferTrainer(quantized(tiny_net()), epochs=1, folder=tmp_path / "run")
+        with pytest.raises(RuntimeError, match="channels"):
+            trainer.fit(labeled_batches(channels=2))
+        assert not (tmp_path / "run").exists()
+
     def test_folder_by_its_path(self, tiny_net, labeled_batches, tmp_path):
         TransferTrainer(tiny_net(), epochs=1, folder=tmp_path / "run").fit(labeled_batches())
         trainer = TransferTrainer(tiny_net(), epochs=1, folder=tmp_path / "run", progress=pytest.fail)
