@@ -14,7 +14,7 @@ from asga.steps import TrainingError
 
 # Steps in a row that were left out before the training goes back: a few do no harm, they are batches with NaN; a
 # network that has diverged does not come back by itself.
-_MOST_SKIPPED = 10
+MOST_SKIPPED = 10
 # Times to go back to one state before giving up: what fails with an eighth of the radius does not fail because of it.
 _MOST_RETURNS = 3
 # A state is good if its loss is finite and not this many times the usual one. A loss that grows without bound gets
@@ -57,7 +57,7 @@ class Recovery:
 
     def __init__(self, parts: Mapping[str, Stateful], soften: Callable[[], str], steps: int) -> None:
         self._parts, self._soften = dict(parts), soften
-        self._at_first = min(steps, _MOST_SKIPPED)
+        self._at_first = min(steps, MOST_SKIPPED)
         self._good: dict[str, object] | None = None
         self._where = ""
         self._usual: float | None = None
@@ -95,7 +95,7 @@ class Recovery:
             return None
         self.well = False
         self._skipped += 1
-        if self._skipped < (_MOST_SKIPPED if self._ever_well else self._at_first):
+        if self._skipped < (MOST_SKIPPED if self._ever_well else self._at_first):
             return None
         problem = f"{describe(loss)} for {self._skipped} steps in a row"
         for name, part in self._parts.items():

@@ -32,6 +32,11 @@ class Score:
         """The mean over the batches."""
         return statistics.fmean(self.losses)
 
+    @property
+    def finite(self) -> bool:
+        """Whether no loss is NaN or infinite."""
+        return all(map(math.isfinite, self.losses))
+
 
 @dataclass(frozen=True)
 class UniformComparison:

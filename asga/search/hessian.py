@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from asga.search.probe import Batches, LossIncrease, Probe, Quantize, layer_input, loss_increases, zeros
+from asga.search.probe import (
+    Batches,
+    LossIncrease,
+    Probe,
+    Quantize,
+    check_loss,
+    layer_input,
+    loss_increases,
+    zeros,
+)
 from asga.search.space import SearchSpace, SpaceChoices
 from asga.steps import LossFunction, batch_loss
 
@@ -44,6 +53,7 @@ def hessian_sensitivity(
         that several layers have costs is with the first of them.
 
     Raises:
+        TrainingError: The loss or a derivative of a batch is not finite.
         ValueError: `probes` is less than 1.
 
     Source:
@@ -60,7 +70,7 @@ def hessian_sensitivity(
         _Variable(totals[name][0], weight.requires_grad_(), _errors(weight, probe.layers[name].weight))
         for weight, name in reversed(probed_weights.items())
     ]
-    for inputs, labels in batches:
+    for number, (inputs, labels) in enumerate(batches, 1):
         moves: list[_Variable] = []
         handles = [
             probed.layer.register_forward_pre_hook(_mover(moves, totals[name][1], probed.act), with_kwargs=True)
@@ -70,6 +80,7 @@ def hessian_sensitivity(
         try:
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
                 loss = batch_loss(probe.model, inputs, labels, loss_fn=loss_fn)
+                check_loss(loss.item(), number)
                 _add_increases(loss, (weights, moves), probes)
         finally:
             for handle in handles:

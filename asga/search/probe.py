@@ -1,6 +1,7 @@
 """What all sensitivities start from: a float copy of the model, and calibrated candidates for each of its layers."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from asga._batches import Inputs
 from asga.convert import prepare
 from asga.nn import MixedActQuantizer, MixedWeightQuantizer, QuantizedLayer, calibrate
 from asga.search.space import SearchSpace, SpaceChoices
+from asga.steps import TrainingError
 
 Batches = Sequence[tuple[Inputs, Tensor]]
 Quantize = Callable[[Tensor], Tensor]
@@ -62,8 +64,35 @@ class LossIncrease(NamedTuple):
     act: tuple[float, ...]
 
 
+def check_loss(loss: float, batch: int) -> None:
+    """Refuse a loss that would make every sensitivity NaN.
+
+    Args:
+        loss: Of a batch.
+        batch: Its number, counted from 1.
+
+    Raises:
+        TrainingError: It is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss of the float model is {loss} on batch {batch} of those that sensitivities are measured on: "
+            f"leave that batch out, or check loss_fn and its labels"
+        )
+
+
 def loss_increases(totals: Mapping[str, tuple[Tensor, Tensor]], count: int) -> dict[str, LossIncrease]:
-    """Sums over `count` samples or batches, per layer and candidate of weight and act, as means."""
+    """Sums over `count` samples or batches, per layer and candidate of weight and act, as means.
+
+    Raises:
+        TrainingError: A sum is NaN or infinite.
+    """
+    for name, sums in totals.items():
+        if not all(bool(torch.isfinite(total).all()) for total in sums):
+            raise TrainingError(
+                f"the sensitivity of layer {name!r} is not finite, while the loss is on every batch: its gradient is "
+                f"not, or it overflows"
+            )
     return {
         name: LossIncrease(*(tuple((total / count).tolist()) or (0.0,) for total in pair))
         for name, pair in totals.items()

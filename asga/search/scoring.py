@@ -15,11 +15,12 @@ from asga.nn.layers import QuantizedLayer
 from asga.optim.batchnorm import restore_running_statistics, save_running_statistics
 from asga.optim.guarded import GuardedSGD
 from asga.policy import Policy
+from asga.recovery import MOST_SKIPPED, describe
 from asga.search.comparison import Score
 from asga.search.costs import policy_costs
 from asga.search.profiles import LayerProfile
-from asga.steps import evaluate, measure_batchnorm, training_step
-from asga.training import batches_from, first_batches
+from asga.steps import TrainingError, evaluate, measure_batchnorm, training_step
+from asga.training import batches_from, finite_batches, first_batches
 
 if TYPE_CHECKING:
     from asga.search.searcher import PolicySearcher
@@ -46,7 +47,11 @@ class Scorer:
         loader: Its proxy.
 
     Attributes:
-        batches: Pairs of inputs and labels to score on.
+        batches: Pairs of inputs and labels to score on: those on which the loss of the float model is finite, as one
+            that is not would make every score NaN.
+
+    Raises:
+        TrainingError: There are none.
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class Scorer:
         self._limits = options.budget.limits(profiles, options.choices)
         self._loss = {"loss_fn": options.loss_fn, "autocast": options.autocast}
         self._known: list[tuple[Policy, Score]] = []
-        self.batches: Sequence[tuple[Inputs, Tensor]] = first_batches(loader, options.measure_batches)
+        self.batches = self._measurable(first_batches(loader, options.measure_batches))
 
     def __call__(self, policy: Policy) -> Score:
         """The score of a policy of the search's space."""
@@ -75,6 +80,17 @@ class Scorer:
     def tunes(self) -> bool:
         """Whether policies are fine-tuned before they are scored."""
         return self._mixed is None
+
+    def _measurable(self, batches: Sequence[tuple[Inputs, Tensor]]) -> Sequence[tuple[Inputs, Tensor]]:
+        losses = [evaluate(self._options.model, [batch], **self._loss).loss for batch in batches]
+        found = [batch for batch, loss in zip(batches, losses, strict=True) if math.isfinite(loss)]
+        if not found:
+            raise TrainingError(
+                f"the loss of the float model, in eval mode, is {losses[0]} on batch 1 of the proxy, and not finite on "
+                f"any of the {len(losses)} that policies are measured on: check loss_fn, the labels and the weights of "
+                f"the model"
+            )
+        return found
 
     def _chosen(self, policy: Policy) -> Score:
         layers = {name: module for name, module in self._mixed.named_modules() if isinstance(module, QuantizedLayer)}
@@ -99,8 +115,18 @@ class Scorer:
         model.train()
         groups = parameter_groups(model, weight_decay=options.weight_decay, lr=options.lr)
         optimizer = GuardedSGD(groups, model=model, momentum=options.momentum, nesterov=options.momentum > 0)
-        for inputs, labels in itertools.islice(_epochs(self._loader), _TUNING_STEPS):
-            training_step(model, optimizer, inputs, labels, **self._loss)
+        skipped = 0
+        batches = finite_batches(_epochs(self._loader))
+        for step, (inputs, labels) in enumerate(itertools.islice(batches, _TUNING_STEPS), 1):
+            report = training_step(model, optimizer, inputs, labels, **self._loss)
+            skipped = skipped + 1 if report.skipped else 0
+            if skipped == MOST_SKIPPED:
+                bits = "/".join(sorted(set(map(str, policy.values()))))
+                raise TrainingError(
+                    f"{describe(report.metrics['loss'])} for {skipped} steps in a row, up to step {step} of "
+                    f"fine-tuning a policy of {bits}. lr={options.lr:g} may be too high, or loss_fn not finite on the "
+                    f"data"
+                )
         return self._measured(model, policy)
 
     def _measured(self, model: nn.Module, policy: Policy) -> Score:

@@ -35,7 +35,7 @@ from asga.search.space import SearchSpace
 from asga.search.trained import Search
 from asga.search.untrained import score_candidates
 from asga.search.watches import ClassWatch
-from asga.steps import LossFunction
+from asga.steps import LossFunction, TrainingError
 from asga.training import CHECKPOINT_EVERY, Progress, Stage, count_batches, first_batches
 
 
@@ -360,8 +360,14 @@ def _beside(model: nn.Module, inputs: ExampleInputs | None) -> ExampleInputs | N
 def _compared(
     policy: Policy, uniform: Mapping[tuple[WeightBits, int | None], Policy], scorer: Scorer
 ) -> UniformComparison:
-    pairs = {str(LayerPolicy(*pair)): scorer(choice) for pair, choice in uniform.items()}
-    return UniformComparison(scorer(policy), pairs, scorer.tunes)
+    scores = {str(LayerPolicy(*pair)): scorer(choice) for pair, choice in uniform.items()}
+    found = scorer(policy)
+    if not found.finite:
+        raise TrainingError(
+            f"a loss of the policy on the proxy is not finite ({', '.join(map(str, found.losses))}), while that of the "
+            f"float model is: lr may be too high, or the range of autocast too small"
+        )
+    return UniformComparison(found, {name: score for name, score in scores.items() if score.finite}, scorer.tunes)
 
 
 def _check_temperature(temperature: tuple[float, float]) -> None:

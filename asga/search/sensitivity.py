@@ -1,5 +1,6 @@
 """Sensitivities: how much the loss would rise if one tensor of one layer were quantized, without any training."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from asga.search.probe import (
     ProbedLayer,
     Quantize,
     apply_linear,
+    check_loss,
     layer_input,
     loss_increases,
     zeros,
@@ -47,6 +49,9 @@ def gradient_sensitivity(
     Returns:
         By layer of the space, pinned ones included. Zero where the loss does not depend on the layer.
 
+    Raises:
+        TrainingError: The loss or a gradient of a batch is not finite.
+
     Source:
         NVIDIA's Model Optimizer, `modelopt.torch.quantization.algorithms.AutoQuantizeGradientSearcher`, whose score is
         ``sum (g e)^2``; here of weight and input apart, and with the factors that make it a loss.
@@ -78,14 +83,16 @@ def gradient_sensitivity(
 
         return hook
 
-    for inputs, labels in batches:
+    for number, (inputs, labels) in enumerate(batches, 1):
         handles = [
             probed.layer.register_forward_hook(watch(name, len(labels)), with_kwargs=True)
             for name, probed in probe.layers.items()
             if probed.weight or probed.act
         ]
         try:
-            batch_loss(probe.model, inputs, labels, loss_fn=loss_fn, autocast=autocast).backward()
+            loss = batch_loss(probe.model, inputs, labels, loss_fn=loss_fn, autocast=autocast)
+            check_loss(loss.item(), number)
+            loss.backward()
         finally:
             for handle in handles:
                 handle.remove()
@@ -116,6 +123,9 @@ def measured_sensitivity(
 
     Returns:
         By layer of the space, pinned ones included.
+
+    Raises:
+        TrainingError: The loss of a batch is not finite.
     """
     probe = Probe(model, space, batches)
 
@@ -147,6 +157,9 @@ def measured_sensitivity(
         return LossIncrease(of_weight or (0.0,), of_act or (0.0,))
 
     base = loss()
+    if not math.isfinite(base):
+        for number, batch in enumerate(batches, 1):
+            check_loss(evaluate(probe.model, [batch], loss_fn=loss_fn, autocast=autocast).loss, number)
     return {name: increases(probed) for name, probed in probe.layers.items()}
 
 

@@ -1,5 +1,6 @@
 """The methods that do not train: they score candidates once, and the solver does the rest."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,8 @@ def score_candidates(
     if options.method == "uniform":
         if not uniform:
             raise InfeasibleBudgetError("no uniform pair of candidates meets the budget", limits, {})
-        best = min(uniform, key=lambda pair: scorer(uniform[pair]).loss)
+        scores = {pair: scorer(policy) for pair, policy in uniform.items()}
+        best = min(scores, key=lambda pair: scores[pair].loss if scores[pair].finite else math.inf)
         return _only(options.choices, options.choices.uniform_choice(*best))
     if options.method == "hawq":
         found = hessian_sensitivity(options.model, options.choices, scorer.batches, loss_fn=options.loss_fn)

@@ -18,7 +18,7 @@ import scipy.optimize, torch._dynamo  # which take every child seconds otherwise
 import asga, asga.recovery
 from asga.runs import RunFolder
 
-asga.recovery._MOST_SKIPPED = 2  # so that a short search goes back, too
+asga.recovery.MOST_SKIPPED = 2  # so that a short search goes back, too
 generator = torch.Generator().manual_seed(0)
 labels = torch.randint(3, (48,), generator=generator)
 images = torch.randn(48, 1, 8, 8, generator=generator)

@@ -6,7 +6,7 @@ import torch
 from asga import Budget, PolicySearcher, SearchSpace, evaluate, prepare, quantize
 from asga.nn import calibrate
 from asga.search.scoring import Scorer
-from asga.steps import measure_batchnorm
+from asga.steps import TrainingError, measure_batchnorm
 
 SPACE = SearchSpace(weight_bits=(2, 4), act_bits=(3, 8))
 
@@ -76,6 +76,17 @@ class TestTuned:
         before = bits_of(uniform.model.state_dict())
         assert tuned(policy).loss < 0.9 * at_once(policy).loss
         assert bits_of(uniform.model.state_dict()) == before
+
+    def test_one_that_diverges(self, make_scorer, labeled_batches):
+        """The float model is only seen in eval mode, where this loss has no gradient and is finite."""
+
+        def loss_fn(logits, labels):
+            return logits.sum() * (math.nan if logits.requires_grad else 1.0)
+
+        scorer, _, searcher = make_scorer(labeled_batches(3), "uniform", loss_fn=loss_fn)
+        message = "the loss is nan for 10 steps in a row, up to step 10 of fine-tuning a policy of w2a3/w8a8. lr=0.01 "
+        with pytest.raises(TrainingError, match=message):
+            scorer(searcher.choices.uniform(2, 3))
 
 
 def test_each_policy_is_scored_once(make_scorer, labeled_batches, monkeypatch):

@@ -3,10 +3,12 @@ import json
 import math
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import asga
@@ -18,6 +20,7 @@ from asga.search.comparison import NotBetterThanUniform
 from asga.search.costs import policy_costs
 from asga.search.groups import Group
 from asga.search.held_out import split_loader
+from asga.search.scoring import Scorer
 from asga.steps import TrainingError
 
 METHODS = pytest.mark.parametrize("method", ["asga", "sgd"])
@@ -571,6 +574,44 @@ class TestNotFinite:
                 loss_fn=lambda logits, labels: logits.sum() * math.nan,
             )
         assert folder.load_checkpoint() is None  # no state has been good
+
+    @pytest.mark.parametrize("method", ["sgd", "hawq", "random", "sensitivity", "uniform"])
+    def test_loss_of_one_batch_that_policies_are_measured_on(self, tiny_net, labeled_batches, tmp_path, method):
+        batches = labeled_batches()
+
+        def loss_fn(logits, labels):
+            return functional.cross_entropy(logits, labels) * (math.nan if labels.equal(batches[1][1]) else 1.0)
+
+        result = search(tiny_net(), batches, epochs=1, method=method, loss_fn=loss_fn)
+        scores = (result.uniform.policy, *result.uniform.pairs.values())
+        assert all(len(score.losses) == 2 and score.finite for score in scores)
+        assert all(math.isfinite(p) for found in result.log_probs.values() for p in (*found.weight, *found.act))
+        result.save(tmp_path / "search.json")
+
+    @WITHOUT_TRAINING
+    def test_loss_of_methods_without_training(self, tiny_net, labeled_batches, monkeypatch, method):
+        """Known before the first policy is scored."""
+        monkeypatch.setattr("asga.search.scoring.Scorer.__call__", pytest.fail)
+        message = "the loss of the float model, in eval mode, is nan on batch 1 of the proxy, and .* any of the 6 "
+        with pytest.raises(TrainingError, match=message):
+            search(tiny_net(), labeled_batches(), method=method, loss_fn=lambda logits, _: logits.sum() * math.nan)
+
+    def test_policies_whose_loss_is_not_finite(self, tiny_net, labeled_batches, monkeypatch):
+        """Uniform pairs are left out; a policy is refused."""
+        measured, worst = Scorer._measured, []
+
+        def measure(scorer, model, policy):
+            score = measured(scorer, model, policy)
+            worst.append(policy)
+            return replace(score, losses=(math.nan,) * len(score.losses)) if policy == worst[0] else score
+
+        monkeypatch.setattr(Scorer, "_measured", measure)
+        result = search(tiny_net(), labeled_batches(), method="uniform")
+        assert len(result.uniform.pairs) == len({str(policy) for policy in worst}) - 1
+        assert result.policy != worst[0]
+        worst.clear()
+        with pytest.raises(TrainingError, match="a loss of the policy on the proxy is not finite"):
+            search(tiny_net(), labeled_batches(), SearchSpace(weight_bits=(2,), act_bits=(3,)), method="random")
 
     @METHODS
     def test_goes_back_when_it_goes_on(self, tiny_net, labeled_batches, tmp_path, bits_of, method):
