@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from asga.nn.layers import MixedConv2d, MixedLinear, QuantConv2d, QuantizedLayer, QuantLinear
-from asga.nn.quantizable import find_quantizable, unwrapped
+from asga.nn.quantizable import find_quantizable, second_names, unwrapped
 from asga.nn.quantizers import ActQuantizer, MixedActQuantizer
 from asga.policy import Policy, WeightBits
 from asga.targets import check_target, find_target
@@ -128,7 +128,7 @@ def check_policy(model: nn.Module, policy: Policy, *, target: str | None = None)
             bits; the message has all such layers, and what the target can run.
     """
     layers = find_quantizable(model)[0]
-    policy.check_against(list(layers))
+    policy.check_against(list(layers), second_names(model))
     target = policy.meta.get("deployment_target", "any") if target is None else target
     check_target(target, layers, {name: ((bits.weight_bits,), (bits.act_bits,)) for name, bits in policy.items()})
     return target
@@ -208,4 +208,5 @@ def _convert(
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
-    return replacements.get(model, model)
+    model = replacements.get(model, model)
+    return model

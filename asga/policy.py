@@ -18,6 +18,7 @@ SMALL_FLOATS = {"fp4": 4, "fp8": 8}
 # TensorRT takes blocks of 16: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/_static/operators/DynamicQuantize.html
 FP4_BLOCK = 16
 _FORMAT, _VERSION = "asga.policy", 2
+_KEYS = ("format", "version", "layers", "meta")
 
 # An integer grid by its bits, or a small float by its name.
 WeightBits = int | str
@@ -109,19 +110,24 @@ class Policy(Mapping[str, LayerPolicy]):
         rows += [(name, _shown(layer.weight_bits), _shown(layer.act_bits)) for name, layer in self.items()]
         return "\n".join(f"{name:<{width}}  {weight:>6}  {act:>5}" for name, weight, act in rows)
 
-    def check_against(self, names: Sequence[str]) -> None:
+    def check_against(self, names: Sequence[str], second_names: Mapping[str, str] | None = None) -> None:
         """Check that the policy says something about each of a model's layers, and about no other.
 
         Args:
             names: The model's quantizable layers.
+            second_names: The first name of a module by each of its further ones
+                (`asga.nn.quantizable.second_names`), for messages.
 
         Raises:
             ValueError: The policy has layers that the model has not (the nearest names are shown), or the
                 other way round. When most layers are unknown, the message says that the policy belongs to
                 another architecture.
         """
-        known = set(names)
+        known, second = set(names), second_names or {}
         unknown = [name for name in self if name not in known]
+        if again := [name for name in unknown if second.get(name) in known]:
+            lines = [f"  {name!r}: the same layer as {second[name]!r}: use that name" for name in again]
+            raise ValueError("layers of the policy by names that the model has second:\n" + "\n".join(lines))
         if 2 * len(unknown) > len(self):
             made_for = self._meta.get("architecture")
             raise ValueError(
@@ -153,7 +159,7 @@ class Policy(Mapping[str, LayerPolicy]):
         """Read what `to_dict` gives.
 
         Raises:
-            ValueError: It is not a policy, is of a newer version, or an entry is wrong; the message names it.
+            ValueError: It is not a policy, is of a newer version, or a key or an entry is wrong; the message names it.
         """
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError(f'not a policy: a JSON object with "format": "{_FORMAT}" is needed')
@@ -164,6 +170,9 @@ class Policy(Mapping[str, LayerPolicy]):
             raise ValueError(
                 f"written by a newer asga (policy version {version}); this one reads version <= {_VERSION}"
             )
+        for key in data.keys() - _KEYS:
+            hint = did_you_mean(key, _KEYS) or f"; those are {', '.join(_KEYS)}, and meta takes what else is to be said"
+            raise ValueError(f"the key {key!r} is not one of a policy{hint}")
         layers, meta = data.get("layers"), data.get("meta", {})
         for key, value in (("layers", layers), ("meta", meta)):
             if not isinstance(value, dict):

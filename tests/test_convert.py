@@ -54,6 +54,12 @@ def same_state(model, state):
     return list(now) == list(state) and all(torch.equal(now[name], value) for name, value in state.items())
 
 
+def test_a_policy_with_a_second_name(model):
+    layers = {"again" if name == "block.0" else name: bits for name, bits in policy().items()}
+    with pytest.raises(ValueError, match=r"'again': the same layer as 'block.0': use that name"):
+        check_policy(model, Policy(layers))
+
+
 class TestQuantize:
     def test_layers_get_the_bits_of_the_policy(self, model):
         converted = quantize(model, policy(stem=LayerPolicy(8, 8), first=LayerPolicy(2, None)))

@@ -179,7 +179,7 @@ class TestFile:
             Policy.load(tmp_path / "p.json")
 
     def test_newer_version_comes_before_what_else_is_unknown(self):
-        data = valid(version=3, layers={"fc": {"weight_format": "fp4"}})
+        data = valid(version=3, layers={"fc": {"weight_format": "fp4"}}, groups=[])
         with pytest.raises(ValueError, match=r"written by a newer asga .*; this one reads version <= 2"):
             Policy.from_dict(data)
 
@@ -193,6 +193,9 @@ class TestFile:
             (valid(version=0), "version is 0; a positive integer is needed"),
             (valid(layers=[]), r"layers is \[\]; a JSON object is needed"),
             (valid(layers={}), "at least one layer"),
+            (valid(layer={}), "the key 'layer' is not one of a policy; did you mean 'layers'"),
+            (valid(Meta={}), "the key 'Meta' is not one of a policy; did you mean 'meta'"),
+            (valid(note="x"), "the key 'note' is not one of a policy; those are format, version, layers, meta"),
             (valid(meta=3), "meta is 3; a JSON object is needed"),
             (valid(layers={"fc": 4}), "layer 'fc' is 4; an object with weight_bits and act_bits is needed"),
             (valid(layers={"fc": {"weight_bits": 4}}), "layer 'fc' is .* and act_bits is needed"),
@@ -228,6 +231,13 @@ class TestCheckAgainst:
     def test_unknown_layer_shows_the_nearest_names(self, policy):
         with pytest.raises(ValueError, match=r"'layer1\.0\.conv2'; did you mean 'layer1\.0\.conv1'"):
             policy.check_against(["conv1", "layer1.0.conv1", "fc"])
+
+    @pytest.mark.parametrize("names", [("conv1", "layer1.0.conv1", "layer1.0.conv2"), ()], ids=["one", "all"])
+    def test_second_names(self, policy, names):
+        known = [*names, "first"] if names else [f"a.{name}" for name in LAYERS]
+        second = {"fc": "first", "other": "conv1"} if names else {name: f"a.{name}" for name in LAYERS}
+        with pytest.raises(ValueError, match=r"has second:\n(.*\n)*  'fc': the same layer as '(first|a\.fc)': use"):
+            policy.check_against(known, second)
 
     def test_another_architecture(self, policy):
         with pytest.raises(ValueError, match=r"another architecture, resnet20: 3 of 4 layers .* not in"):

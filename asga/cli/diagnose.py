@@ -27,6 +27,7 @@ from asga.cli.options import (
 from asga.cli.pipeline import Setting, finish_run, float_model
 from asga.cli.search import example_inputs
 from asga.convert import find_quantizable
+from asga.nn.quantizable import second_names
 from asga.policy import LayerPolicy, Policy, WeightBits, bit_width, check_weight_bits
 from asga.runs import RunFolder
 from asga.search import SearchResult, SearchSpace, gradient_sensitivity, hessian_sensitivity, measured_sensitivity
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
         batches = {side: open_batches(of_side, console) for side, of_side in sides.items()}
         build = {side: model_factory(architecture, train, options.device) for side, (train, _) in batches.items()}
         models = {side: build[side](options.seed) for side in sides}
-        policy.check_against(list(find_quantizable(models["target"])[0]))
+        policy.check_against(list(find_quantizable(models["target"])[0]), second_names(models["target"]))
         choices = space.choices(models["target"])
         example = example_inputs(batches["target"][0], None).to(options.device)
         profiles = profile_layers(models["target"], example, choices.names, unused=choices.excluded)

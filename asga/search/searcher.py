@@ -14,7 +14,7 @@ from asga._checks import check_autocast, check_call, check_count, check_instance
 from asga._extras import require
 from asga.convert import check_float, prepare
 from asga.nn import calibrate
-from asga.nn.quantizable import unwrapped
+from asga.nn.quantizable import second_names, unwrapped
 from asga.optim.handed_on import check_optimizer_options
 from asga.policy import LayerPolicy, Policy, WeightBits
 from asga.runs import RunFolder, open_folder
@@ -263,7 +263,7 @@ class PolicySearcher:
             ValueError: As `fit` does, or the policy is not about the layers of the model.
         """
         profiles, _ = self.check(loader)
-        policy.check_against(self.choices.names)
+        policy.check_against(self.choices.names, second_names(self.model))
         return _compared(policy, self._uniform(profiles), Scorer(self, None, profiles, loader))
 
     def _uniform(self, profiles: Mapping[str, LayerProfile]) -> dict[tuple[WeightBits, int | None], Policy]:
