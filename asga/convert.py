@@ -10,6 +10,7 @@ from torch import nn
 from asga.nn.layers import MixedConv2d, MixedLinear, QuantConv2d, QuantizedLayer, QuantLinear
 from asga.nn.quantizable import find_quantizable, second_names, unwrapped
 from asga.nn.quantizers import ActQuantizer, MixedActQuantizer
+from asga.nn.shared import refuse_contradictions
 from asga.policy import Policy, WeightBits
 from asga.targets import check_target, find_target
 
@@ -209,4 +210,5 @@ def _convert(
             if child in replacements:
                 parent._modules[name] = replacements[child]
     model = replacements.get(model, model)
+    model.register_load_state_dict_pre_hook(refuse_contradictions)
     return model
