@@ -3,6 +3,7 @@
 import copy
 import difflib
 import json
+import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -46,7 +47,7 @@ class LayerPolicy:
             # The dataclass is frozen: the canonical form can only be put in place this way.
             object.__setattr__(self, "weight_bits", check_weight_bits("weight_bits", self.weight_bits))
         if self.act_bits is not None:
-            check_bits("act_bits", self.act_bits)
+            object.__setattr__(self, "act_bits", check_bits("act_bits", self.act_bits))
 
     def __str__(self) -> str:
         """Such as ``"w4a8"``; ``"w4"`` where the input stays float, ``"float"`` where both do."""
@@ -215,17 +216,17 @@ def check_bits(name: str, bits: object) -> int:
     """Check a bit-width given for the argument `name`.
 
     Returns:
-        `bits`, an integer in 2..8.
+        `bits`, an integer in 2..8, as Python's if it is one of NumPy's.
 
     Raises:
         TypeError: It is not an integer.
         ValueError: It is outside 2..8.
     """
-    if not isinstance(bits, int) or isinstance(bits, bool):
+    if not isinstance(bits, numbers.Integral) or isinstance(bits, bool):
         raise TypeError(f"{name} is {bits!r}; an integer from {MIN_BITS} to {MAX_BITS} is needed")
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"{name} is {bits}; supported are {MIN_BITS} to {MAX_BITS}")
-    return bits
+    return int(bits)
 
 
 def check_weight_bits(name: str, bits: object) -> WeightBits:

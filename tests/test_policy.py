@@ -3,6 +3,7 @@ import errno
 import json
 import pickle
 
+import numpy as np
 import pytest
 
 from asga.policy import LayerPolicy, Policy, bit_width
@@ -45,6 +46,11 @@ class TestLayerPolicy:
     def test_formats_of_weights_by_name(self, given, kept):
         assert LayerPolicy(given, 4).weight_bits == kept
         assert LayerPolicy(given, 4) == LayerPolicy(kept, 4)
+
+    def test_numbers_of_numpy_become_those_of_python(self):
+        layer = LayerPolicy(np.int64(3), np.uint8(4))
+        assert (type(layer.weight_bits), type(layer.act_bits)) == (int, int)
+        assert json.dumps(Policy({"fc": layer}).to_dict()["layers"]) == '{"fc": {"weight_bits": 3, "act_bits": 4}}'
 
     @pytest.mark.parametrize("name", ["fp6", "int9", "int1", "4", "FP8", ""])
     def test_refuses_unknown_names(self, name):

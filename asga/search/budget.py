@@ -1,6 +1,7 @@
 """Budgets as people say them: a number, "1.2G", "1.5MB", "5ms", "w4a4", "0.9*w4a4"."""
 
 import math
+import numbers
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -78,6 +79,11 @@ class Budget:
         if not self.to_dict():
             raise ValueError("a budget needs at least one limit, such as bitops='w4a4' or size='1.5MB'")
         for name, amount in self.to_dict().items():
+            if isinstance(amount, numbers.Real) and not isinstance(amount, bool):
+                # A number of NumPy's as Python's, which JSON knows; by its digits, as float32 has fewer of them. The
+                # dataclass is frozen: values in their canonical form can only be put in place this way.
+                amount = int(amount) if isinstance(amount, numbers.Integral) else float(str(amount))
+                object.__setattr__(self, name, amount)
             _read(name, amount)
 
     def __str__(self) -> str:

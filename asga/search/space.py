@@ -1,5 +1,6 @@
 """The search space: which bit-widths each layer of a model may have."""
 
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from fnmatch import fnmatchcase
@@ -300,8 +301,9 @@ def _pair(name: str, pin: Pin) -> tuple[WeightBits, int | None]:
     if isinstance(pin, Sequence) and not isinstance(pin, str) and len(pin) == 2:
         weight_bits = check_weight_bits(f"{name}[0]", pin[0])
         return weight_bits, None if pin[1] is None else check_bits(f"{name}[1]", pin[1])
-    if isinstance(pin, int):
-        return check_bits(name, pin), pin
+    if isinstance(pin, numbers.Integral):
+        bits = check_bits(name, pin)
+        return bits, bits
     raise TypeError(f"{name} is {pin!r}; an integer or a pair (weight_bits, act_bits) is needed")
 
 

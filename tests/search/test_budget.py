@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from asga.search.budget import Budget
@@ -184,3 +185,12 @@ def test_bad_types(bitops):
 def test_profiles_of_another_model():
     with pytest.raises(ValueError, match="not in the model:\n  'odd'"):
         Budget(bitops="w4a4").limits({name: PROFILES[name] for name in ("first", "body")}, CHOICES)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(np.int64(7), 7), (np.float32(0.009), 0.009), (np.float64(0.5), 0.5)], ids=repr
+)
+def test_numbers_of_numpy_become_those_of_python(given, kept):
+    budget = Budget(size=given)
+    assert budget == Budget(size=kept)
+    assert json.loads(json.dumps(budget.to_dict())) == {"size": kept}

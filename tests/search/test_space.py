@@ -1,6 +1,7 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -45,6 +46,12 @@ class TestSearchSpace:
     def test_survives_json(self, arguments):
         original = space(**arguments)
         assert SearchSpace(**json.loads(json.dumps(asdict(original)))) == original
+
+    def test_numbers_of_numpy_become_those_of_python(self):
+        pins = {"first_last": np.int64(8), "pinned": {"a": np.int8(4)}}
+        space = SearchSpace(tuple(np.arange(2, 5)), list(np.uint8([4, 8])), **pins)
+        assert space == SearchSpace((2, 3, 4), (4, 8), first_last=8, pinned={"a": 4})
+        json.dumps(asdict(space))
 
     def test_small_floats_come_behind_the_integer_of_their_width(self):
         assert SearchSpace(weight_bits=["fp8", "fp4", 8, "int4", 2]).weight_bits == (2, 4, "fp4", 8, "fp8")
