@@ -83,10 +83,8 @@ def training_step(
         model.zero_grad()
         logits = model_logits(model, inputs, autocast)
         if not seen:
-            if loss_fn is functional.cross_entropy:
-                check_labels(labels, logits)
             seen.append(logits.detach())
-        loss = loss_fn(logits, labels)
+        loss = _mean_loss(loss_fn, logits, labels)
         loss.backward()
         return loss
 
@@ -127,9 +125,7 @@ def evaluate(
         for inputs, labels in map(split, batches):
             inputs, labels = to_device(inputs, device), labels.to(device)
             logits = model_logits(model, inputs, autocast)
-            if loss_fn is functional.cross_entropy:
-                check_labels(labels, logits)
-            loss = loss + loss_fn(logits, labels).double() * len(labels)
+            loss = loss + _mean_loss(loss_fn, logits, labels).double() * len(labels)
             right, all_of_them = count_correct(logits, labels) or (0, 0)
             correct, counted = correct + right, counted + all_of_them
             images += len(labels)
@@ -170,9 +166,7 @@ def batch_loss(
     """
     device = _device(model)
     logits = model_logits(model, to_device(inputs, device), autocast)
-    if loss_fn is functional.cross_entropy:
-        check_labels(labels, logits)
-    return loss_fn(logits, labels.to(device))
+    return _mean_loss(loss_fn, logits, labels.to(device))
 
 
 def model_logits(model: nn.Module, inputs: Inputs, autocast: torch.dtype | None) -> Tensor:
@@ -196,7 +190,7 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     """Refuse labels outside the model's classes; on a GPU they would end the process.
 
     Raises:
-        TrainingError: Labels are not int64 ``[B]``, one is negative or too large, or the logits are not
+        TrainingError: Labels are not int64 ``[B]``, there is none, one is negative or too large, or the logits are not
             ``[B, classes]``.
     """
     own = "For other labels, such as one for each token, give a loss_fn of your own"
@@ -207,6 +201,8 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
             f"the model gives an output of shape {list(logits.shape)} for {len(labels)} labels; "
             f"logits of shape [batch, classes] are needed. {own}"
         )
+    if len(labels) == 0:
+        raise TrainingError("a batch holds no samples: leave it out of the loader")
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= logits.shape[1]:
         wrong = low if low < 0 else high
@@ -249,6 +245,27 @@ def autocast_to(device: torch.device, dtype: torch.dtype | None) -> contextlib.A
 def finite(values: Mapping[str, float]) -> dict[str, float]:
     """The entries that JSON can hold: NaN and infinities left out."""
     return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _mean_loss(loss_fn: LossFunction, logits: Tensor, labels: Tensor) -> Tensor:
+    """What `loss_fn` gives, one number.
+
+    Raises:
+        TrainingError: The labels do not fit the logits, or it gives something else, or nothing to differentiate where
+            the logits can be.
+    """
+    if loss_fn is functional.cross_entropy:
+        check_labels(labels, logits)
+    loss = loss_fn(logits, labels)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise TrainingError(f"loss_fn gives {found}; a tensor of one number is needed, the mean loss over the batch")
+    if torch.is_grad_enabled() and logits.requires_grad and not loss.requires_grad:
+        raise TrainingError(
+            "loss_fn gives a loss without a gradient, while the logits have one: compute it from them with operations "
+            "of torch, without detach, item or no_grad"
+        )
+    return loss
 
 
 def _device(model: nn.Module) -> torch.device:

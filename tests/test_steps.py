@@ -11,6 +11,7 @@ from asga.optim import ASGA
 from asga.optim.guarded import GuardedSGD
 from asga.steps import (
     TrainingError,
+    batch_loss,
     check_labels,
     cosine_with_warmup,
     count_correct,
@@ -77,6 +78,31 @@ class TestEvaluate:
         evaluate(model, self.BATCHES, autocast=torch.bfloat16, loss_fn=loss_fn)
         assert set(seen) == {torch.bfloat16}
         assert set(dtypes) == {torch.float32}
+
+    @pytest.mark.parametrize(
+        ("loss_fn", "found"),
+        [
+            (lambda logits, _: logits, r"a tensor of shape \[3, 2\]"),
+            (lambda *_: 1.0, "a float"),
+            (lambda *_: None, "a NoneType"),
+        ],
+    )
+    def test_a_loss_that_is_no_number(self, loss_fn, found):
+        for run in (evaluate, lambda model, batches, **options: batch_loss(model, *batches[0], **options)):
+            with pytest.raises(TrainingError, match=f"loss_fn gives {found}; a tensor of one number is needed"):
+                run(Logits(), self.BATCHES, loss_fn=loss_fn)
+
+    def test_a_loss_without_gradient(self):
+        def detached(logits, labels):
+            return functional.cross_entropy(logits, labels).detach()
+
+        evaluate(Logits(), self.BATCHES, loss_fn=detached)
+        with pytest.raises(TrainingError, match="loss_fn gives a loss without a gradient"):
+            batch_loss(Logits(), *self.BATCHES[0], loss_fn=detached)
+
+    def test_a_batch_without_samples(self):
+        with pytest.raises(TrainingError, match="a batch holds no samples: leave it out of the loader"):
+            evaluate(Logits(), [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))])
 
     def test_no_batch(self):
         with pytest.raises(ValueError, match="batches is empty"):
