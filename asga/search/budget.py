@@ -109,7 +109,8 @@ class Budget:
             ``"latency_ns"``.
 
         Raises:
-            ValueError: The profiles are not those of the space's layers, or lack what a limit needs.
+            ValueError: The profiles are not those of the space's layers, or lack what a limit needs, or a word names
+                a cost of zero.
         """
         limits = {}
         for name, amount in self.to_dict().items():
@@ -120,6 +121,8 @@ class Budget:
             per_unit = kind.per_unit
             if bits is not None:
                 per_unit = policy_cost(profiles, choices.uniform(*bits), kind.metric)
+                if per_unit == 0:
+                    raise ValueError(f"{name} is {amount!r}, which costs nothing in this model: give a number")
             limits[kind.metric] = math.floor(factor * per_unit)
         return limits
 

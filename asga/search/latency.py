@@ -2,6 +2,7 @@
 
 import csv
 import io
+import numbers
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -48,10 +49,12 @@ class LatencyTable:
     def __post_init__(self) -> None:
         for (layer, weight_bits, act_bits), time in self.times.items():
             LayerPolicy(weight_bits, act_bits)
-            if isinstance(time, bool) or not isinstance(time, int):
+            if isinstance(time, bool) or not isinstance(time, numbers.Integral):
                 raise TypeError(f"the time of {layer!r} is {time!r}; whole nanoseconds are needed")
             if time < 0:
                 raise ValueError(f"the time of {layer!r} is {time} ns; it must not be negative")
+        # Integers of NumPy's as Python's, which do not overflow. Only so is a value of a frozen dataclass put in place.
+        object.__setattr__(self, "times", {entry: int(time) for entry, time in self.times.items()})
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike) -> "LatencyTable":

@@ -194,3 +194,12 @@ def test_numbers_of_numpy_become_those_of_python(given, kept):
     budget = Budget(size=given)
     assert budget == Budget(size=kept)
     assert json.loads(json.dumps(budget.to_dict())) == {"size": kept}
+
+
+def test_a_word_that_costs_nothing():
+    profiles = {
+        name: replace(profile, latency_ns=tuple((*bits, 0) for *bits, _ in profile.latency_ns))
+        for name, profile in MEASURED.items()
+    }
+    with pytest.raises(ValueError, match="latency is 'w8a8', which costs nothing in this model: give a number"):
+        Budget(latency="w8a8").limits(profiles, CHOICES)

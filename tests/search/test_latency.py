@@ -1,5 +1,6 @@
 import re
 
+import numpy as np
 import pytest
 
 from asga.search.latency import LatencyTable
@@ -124,6 +125,11 @@ class TestTimes:
     def test_must_be_integers(self, time):
         with pytest.raises(TypeError, match="whole nanoseconds are needed"):
             LatencyTable({("a", 2, 2): time})
+
+    def test_integers_of_numpy_become_those_of_python(self):
+        table = LatencyTable({("stem", 8, 8): np.int32(2**31 - 1)})
+        assert table == LatencyTable({("stem", 8, 8): 2**31 - 1})
+        assert type(table.times["stem", 8, 8]) is int
 
     def test_must_not_be_negative(self):
         with pytest.raises(ValueError, match="the time of 'a' is -1 ns"):
