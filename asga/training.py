@@ -21,7 +21,8 @@ from asga.steps import StepReport, TrainingError, finite
 # a busy disk, 2 % of the two minutes that 200 steps of two passes take on a GPU; one of a search of ResNet-20 0.06 s.
 CHECKPOINT_EVERY = 200
 # Steps between states that are kept in memory to go back to: what a diverged training loses at most, beside the steps
-# that it takes to notice. Nothing is written, so they can be nearer to each other than checkpoints.
+# that it takes to notice. Nothing is written, so they can be nearer to each other than checkpoints: one takes
+# 10 to 34 ms in searches of ResNet-20 and MobileNet-V2 (one core, batches of 8 to 64), 0.03 to 0.3 % of 50 steps.
 KEEP_EVERY = 50
 
 

@@ -582,7 +582,8 @@ class TestNotFinite:
         def loss_fn(logits, labels):
             return functional.cross_entropy(logits, labels) * (math.nan if labels.equal(batches[1][1]) else 1.0)
 
-        result = search(tiny_net(), batches, epochs=1, method=method, loss_fn=loss_fn)
+        space = SearchSpace(weight_bits=(2, 4), act_bits=(4, 8))
+        result = search(tiny_net(), batches, space, method=method, loss_fn=loss_fn)
         scores = (result.uniform.policy, *result.uniform.pairs.values())
         assert all(len(score.losses) == 2 and score.finite for score in scores)
         assert all(math.isfinite(p) for found in result.log_probs.values() for p in (*found.weight, *found.act))
@@ -606,7 +607,8 @@ class TestNotFinite:
             return replace(score, losses=(math.nan,) * len(score.losses)) if policy == worst[0] else score
 
         monkeypatch.setattr(Scorer, "_measured", measure)
-        result = search(tiny_net(), labeled_batches(), method="uniform")
+        space = SearchSpace(weight_bits=(2, 4, 8), act_bits=(2, 4, 8))
+        result = search(tiny_net(), labeled_batches(), space, method="uniform")
         assert len(result.uniform.pairs) == len({str(policy) for policy in worst}) - 1
         assert result.policy != worst[0]
         worst.clear()
