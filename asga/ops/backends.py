@@ -186,7 +186,8 @@ def _announced_reference(operator: str) -> Callable:
 
     def fallback(*args):
         device_type = _device_type(args)
-        if device_type in _library_errors and device_type not in _announced:
+        # Tensors without strides come here, too, where kernels are.
+        if _library_errors.get(device_type) is not None and device_type not in _announced:
             _announced.add(device_type)
             warnings.warn(
                 f"asga runs in plain torch on {device_type}, several times slower than its kernels: "

@@ -5,6 +5,7 @@ In the words of the C++ and CUDA kernels, which check the same. `asga.ops.functi
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
 
 MAX_CANDIDATES = 8  # kMaxCandidates in csrc/quant_math.h
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,14 +48,34 @@ def check_mixture(
 def check_grad(grad: Tensor, input: Tensor) -> None:
     """The gradient of an output; see `check_quantizer`."""
     _check_device("grad", grad, input)
+    _check_dense("grad", grad)
     if grad.shape != input.shape:
         raise RuntimeError("grad does not have the shape of input")
+
+
+def check_tensors(input: Tensor, **others: Tensor | None) -> None:
+    """What no public operator takes. Fused ones ask once a call has failed: whatever it said, this is why.
+
+    Raises:
+        TypeError: An argument is no tensor, or one whose values have no strides.
+    """
+    for name, tensor in {"input": input, **others}.items():
+        if tensor is None and name.startswith("zero_point"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {tensor!r}, of type {type(tensor).__name__}; a tensor is needed") from None
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise TypeError(f"{name} is an uninitialized parameter; run one batch through its module first") from None
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            layout = "is a nested tensor" if tensor.is_nested else f"has layout {tensor.layout}"
+            raise TypeError(f"{name} {layout}; a dense tensor is needed") from None
 
 
 def _channels(input: Tensor, axis: int | None) -> int:
     """How many scales the input has, per candidate."""
     if input.dtype not in INPUT_DTYPES:
         raise RuntimeError(f"input has dtype {input.dtype}; float32, bfloat16, float16 and float64 are supported")
+    _check_dense("input", input)
     if axis is None:
         return 1
     if not 0 <= axis < input.dim():
@@ -64,8 +85,15 @@ def _channels(input: Tensor, axis: int | None) -> int:
 
 def _check_parameter(name: str, tensor: Tensor, numel: int, input: Tensor) -> None:
     _check_device(name, tensor, input)
+    _check_dense(name, tensor)
     if tensor.numel() != numel:
         raise RuntimeError(f"{name} has {tensor.numel()} elements, but {numel} are needed")
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    """The compiled kernels are not called with other layouts, so that this is in plain torch alone."""
+    if tensor.layout is not torch.strided:
+        raise RuntimeError(f"{name} has layout {tensor.layout}; a dense tensor is needed (tensor.to_dense())")
 
 
 def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import asga.ops.backends  # noqa: F401  (attaches the kernels to torch.ops.asga)
 from asga.ops.autograd import fake_quant_function, mixed_fake_quant_function
-from asga.ops.checks import INPUT_DTYPES, MAX_CANDIDATES
+from asga.ops.checks import INPUT_DTYPES, MAX_CANDIDATES, check_tensors
 from asga.ops.transforms import transformable, transforming
 
 # Grids reach this far from zero at most: sixteen bits, with either sign.
@@ -56,34 +56,39 @@ def fake_quant(
         A tensor with the shape, dtype and strides of ``torch.empty_like(input)``.
 
     Raises:
-        TypeError: A tensor is not floating point, or a setting no integer.
+        TypeError: A tensor is not floating point or not dense, or none at all, or a setting is no integer.
         ValueError: A range, axis, group size, shape or device does not fit; the message names the argument.
 
     Source:
         Esser et al., "Learned Step Size Quantization", ICLR 2020, eq. 1-3; Bhalgat et al., "LSQ+", 2020, for the
         zero point.
     """
-    axis = _check_input(input, axis)
-    _check_range("quant_min", "quant_max", quant_min, quant_max)
-    if group_size is not None:
-        groups = _check_groups(input, axis, group_size)
-        _check_scale("scale", scale, input, groups, grouped=True)
+    try:
+        axis = _check_input(input, axis)
+        _check_range("quant_min", "quant_max", quant_min, quant_max)
+        if group_size is not None:
+            groups = _check_groups(input, axis, group_size)
+            _check_scale("scale", scale, input, groups, grouped=True)
+            if zero_point is not None:
+                _check_scale("zero_point", zero_point, input, groups, grouped=True)
+                zero_point = zero_point.reshape(-1)
+            rows, scale = input.reshape(-1, group_size), scale.reshape(-1)
+            output = fake_quant(rows, scale, zero_point, quant_min=quant_min, quant_max=quant_max, axis=0)
+            return output.reshape(input.shape)
+        shape = (1,) if axis is None else (input.shape[axis],)
+        _check_scale("scale", scale, input, shape, axis)
         if zero_point is not None:
-            _check_scale("zero_point", zero_point, input, groups, grouped=True)
-            zero_point = zero_point.reshape(-1)
-        rows, scale = input.reshape(-1, group_size), scale.reshape(-1)
-        output = fake_quant(rows, scale, zero_point, quant_min=quant_min, quant_max=quant_max, axis=0)
-        return output.reshape(input.shape)
-    shape = (1,) if axis is None else (input.shape[axis],)
-    _check_scale("scale", scale, input, shape, axis)
-    if zero_point is not None:
-        _check_scale("zero_point", zero_point, input, shape, axis)
-    if torch.compiler.is_compiling():
-        return torch.ops.asga.fake_quant(input, scale, zero_point, quant_min, quant_max, axis)
-    if transforming():
-        return _transformable_fake_quant(input, scale, zero_point, quant_min, quant_max, axis)
-    run = fake_quant_function(quant_min, quant_max, axis)
-    return run(input, scale) if zero_point is None else run(input, scale, zero_point)
+            _check_scale("zero_point", zero_point, input, shape, axis)
+        if torch.compiler.is_compiling():
+            return torch.ops.asga.fake_quant(input, scale, zero_point, quant_min, quant_max, axis)
+        if transforming():
+            return _transformable_fake_quant(input, scale, zero_point, quant_min, quant_max, axis)
+        run = fake_quant_function(quant_min, quant_max, axis)
+        return run(input, scale) if zero_point is None else run(input, scale, zero_point)
+    except Exception:
+        # Only now: on small tensors, asking before would cost a part of the call.
+        check_tensors(input=input, scale=scale, zero_point=zero_point)
+        raise
 
 
 def mixed_fake_quant(
@@ -122,46 +127,50 @@ def mixed_fake_quant(
         A tensor with the shape, dtype and strides of ``torch.empty_like(input)``.
 
     Raises:
-        TypeError: A tensor is not floating point, or a setting no integer.
+        TypeError: A tensor is not floating point or not dense, or none at all, or a setting is no integer.
         ValueError: A range, count, axis, group size, shape or device does not fit; the message names the argument.
 
     Source:
         Cai and Vasconcelos, "Rethinking Differentiable Search for Mixed-Precision Neural Networks" (EdMIPS),
         CVPR 2020, eq. 10: one convolution of the mixture; Bhalgat et al., "LSQ+", 2020, for the zero points.
     """
-    axis = _check_input(input, axis)
-    quant_mins, quant_maxs = tuple(quant_mins), tuple(quant_maxs)
-    candidates = len(quant_mins)
-    if not 1 <= candidates <= MAX_CANDIDATES:
-        raise ValueError(f"quant_mins has {candidates} candidates; between 1 and {MAX_CANDIDATES} are supported")
-    if len(quant_maxs) != candidates:
-        raise ValueError(f"quant_maxs has {len(quant_maxs)} entries but quant_mins has {candidates}")
-    for k, (low, high) in enumerate(zip(quant_mins, quant_maxs, strict=True)):
-        # Names take longer to make than the rest of the check.
-        if not (type(low) is int is type(high) and -_LARGEST <= low < high <= _LARGEST):
-            _check_range(f"quant_mins[{k}]", f"quant_maxs[{k}]", low, high)
-    _check_scale("probs", probs, input, (candidates,))
-    if group_size is not None:
-        groups = _check_groups(input, axis, group_size)
-        _check_scale("scales", scales, input, (candidates, *groups), grouped=True)
+    try:
+        axis = _check_input(input, axis)
+        quant_mins, quant_maxs = _check_integers("quant_mins", quant_mins), _check_integers("quant_maxs", quant_maxs)
+        candidates = len(quant_mins)
+        if not 1 <= candidates <= MAX_CANDIDATES:
+            raise ValueError(f"quant_mins has {candidates} candidates; between 1 and {MAX_CANDIDATES} are supported")
+        if len(quant_maxs) != candidates:
+            raise ValueError(f"quant_maxs has {len(quant_maxs)} entries but quant_mins has {candidates}")
+        for k, (low, high) in enumerate(zip(quant_mins, quant_maxs, strict=True)):
+            # Names take longer to make than the rest of the check.
+            if not (type(low) is int is type(high) and -_LARGEST <= low < high <= _LARGEST):
+                _check_range(f"quant_mins[{k}]", f"quant_maxs[{k}]", low, high)
+        _check_scale("probs", probs, input, (candidates,))
+        if group_size is not None:
+            groups = _check_groups(input, axis, group_size)
+            _check_scale("scales", scales, input, (candidates, *groups), grouped=True)
+            if zero_points is not None:
+                _check_scale("zero_points", zero_points, input, (candidates, *groups), grouped=True)
+                zero_points = zero_points.reshape(candidates, -1)
+            rows, scales = input.reshape(-1, group_size), scales.reshape(candidates, -1)
+            output = mixed_fake_quant(
+                rows, scales, probs, zero_points, quant_mins=quant_mins, quant_maxs=quant_maxs, axis=0
+            )
+            return output.reshape(input.shape)
+        channels = () if axis is None else (input.shape[axis],)
+        _check_scale("scales", scales, input, (candidates, *channels), axis)
         if zero_points is not None:
-            _check_scale("zero_points", zero_points, input, (candidates, *groups), grouped=True)
-            zero_points = zero_points.reshape(candidates, -1)
-        rows, scales = input.reshape(-1, group_size), scales.reshape(candidates, -1)
-        output = mixed_fake_quant(
-            rows, scales, probs, zero_points, quant_mins=quant_mins, quant_maxs=quant_maxs, axis=0
-        )
-        return output.reshape(input.shape)
-    channels = () if axis is None else (input.shape[axis],)
-    _check_scale("scales", scales, input, (candidates, *channels), axis)
-    if zero_points is not None:
-        _check_scale("zero_points", zero_points, input, (candidates, *channels), axis)
-    if torch.compiler.is_compiling():
-        return torch.ops.asga.mixed_fake_quant(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
-    if transforming():
-        return _transformable_mixed_fake_quant(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
-    run = mixed_fake_quant_function(quant_mins, quant_maxs, axis)
-    return run(input, scales, probs) if zero_points is None else run(input, scales, probs, zero_points)
+            _check_scale("zero_points", zero_points, input, (candidates, *channels), axis)
+        if torch.compiler.is_compiling():
+            return torch.ops.asga.mixed_fake_quant(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
+        if transforming():
+            return _transformable_mixed_fake_quant(input, scales, probs, zero_points, quant_mins, quant_maxs, axis)
+        run = mixed_fake_quant_function(quant_mins, quant_maxs, axis)
+        return run(input, scales, probs) if zero_points is None else run(input, scales, probs, zero_points)
+    except Exception:
+        check_tensors(input=input, scales=scales, probs=probs, zero_points=zero_points)
+        raise
 
 
 _transformable_fake_quant = transformable("fake_quant", tensors=3)
@@ -191,10 +200,18 @@ def _check_range(name_min: str, name_max: str, quant_min: int, quant_max: int) -
 
 
 def _check_integer(name: str, value: int) -> None:
-    """Refuses 7.0, which equals 7 and so would be found in caches in its place."""
-    # Asking for the abstract class takes longer than the other checks together.
-    if type(value) is not int and not isinstance(value, (Integral, torch.SymInt)):
+    """Refuses 7.0 and True, which equal 7 and 1 and so would be found in caches in their place."""
+    if type(value) is int:  # takes a tenth of the time of what follows
+        return
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; an integer is needed")
+
+
+def _check_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise TypeError(f"{name} is {values!r}, of type {type(values).__name__}; integers are needed") from None
 
 
 def _check_groups(input: Tensor, axis: int | None, group_size: int) -> tuple[int, ...]:

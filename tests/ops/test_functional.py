@@ -1,6 +1,7 @@
 """The public operators: arguments, autograd, and what torch does around them."""
 
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -276,6 +277,41 @@ _BAD = {
         "scale is on cpu but input is on meta",
     ),
     "axis of a mixture": (lambda: mixed_fake_quant(X, **_SEVERAL, axis=5), ValueError, "axis is 5, out of range"),
+    "a bool in place of an integer": (
+        lambda: fake_quant(X, SCALE, quant_min=-8, quant_max=True),
+        TypeError,
+        "quant_max is True, of type bool; an integer is needed",
+    ),
+    "one integer for all candidates": (
+        lambda: mixed_fake_quant(X, **MIXTURE, quant_mins=-8, quant_maxs=[1, 7]),
+        TypeError,
+        "quant_mins is -8, of type int; integers are needed",
+    ),
+}
+
+
+_CALLS = {
+    "fake_quant": (fake_quant, {"input": X, "zero_point": SCALE, **_ONE}),
+    "fake_quant, groups": (
+        fake_quant,
+        {"input": X, **_ONE, "scale": torch.ones(4, 2), "zero_point": torch.ones(4, 2), "group_size": 3},
+    ),
+    "mixed_fake_quant": (mixed_fake_quant, {"input": X, "zero_points": torch.ones(2), **_SEVERAL}),
+}
+# Given in place of a tensor, and what is said of it.
+_NO_TENSORS = {
+    "number": (lambda tensor: 0.5, r"is 0\.5, of type float; a tensor is needed"),
+    "None": (lambda tensor: None, "is None, of type NoneType; a tensor is needed"),
+    "list": (lambda tensor: tensor.tolist(), r"is \[.*, of type list; a tensor is needed"),
+    "array": (lambda tensor: tensor.numpy(), r"is array\([\s\S]*, of type ndarray; a tensor is needed"),
+    "dtype": (lambda tensor: torch.float32, "is torch.float32, of type dtype; a tensor is needed"),
+    "sparse": (lambda tensor: tensor.to_sparse(), "has layout torch.sparse_coo; a dense tensor is needed"),
+    "mkldnn": (lambda tensor: tensor.to_mkldnn(), "has layout torch._mkldnn; a dense tensor is needed"),
+    "jagged": (
+        lambda tensor: torch.nested.nested_tensor([tensor], layout=torch.jagged),
+        "is a nested tensor; a dense tensor is needed",
+    ),
+    "lazy": (lambda tensor: torch.nn.UninitializedParameter(), "is an uninitialized parameter; run one batch"),
 }
 
 
@@ -284,6 +320,28 @@ _BAD = {
 def test_bad_arguments_are_named(call, error, message, name):
     with backend(name), pytest.raises(error, match=message):
         call()
+
+
+@per_backend
+@pytest.mark.parametrize(("instead", "message"), _NO_TENSORS.values(), ids=_NO_TENSORS)
+@pytest.mark.parametrize(("function", "arguments"), _CALLS.values(), ids=_CALLS)
+def test_what_is_no_dense_tensor_is_named(function, arguments, instead, message, name):
+    for argument, value in arguments.items():
+        if isinstance(value, Tensor) and not (argument.startswith("zero_point") and instead(value) is None):
+            with backend(name), pytest.raises(TypeError, match=f"^{argument} {message}"):
+                function(**{**arguments, argument: instead(value)})
+
+
+@per_backend
+def test_a_sparse_gradient_is_named(name, monkeypatch):
+    (weight,) = _needs_grad(X)
+    monkeypatch.setattr(backends, "_announced", {"cpu"} if backends.unavailable("cpu") else set())
+    with backend(name), warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as one of missing kernels
+        quantized = fake_quant(weight, SCALE, quant_min=-8, quant_max=7)
+        rows = torch.nn.functional.embedding(torch.tensor([1, 2]), quantized, sparse=True)
+        with pytest.raises(RuntimeError, match=r"grad has layout torch\.sparse_coo; a dense tensor is needed"):
+            rows.sum().backward()
 
 
 # Calls that pass by the checks above. The arguments, and what is wrong with them.
