@@ -6,10 +6,8 @@ from torch.nn import functional
 
 from asga.nn.quantizer import Quantizer
 from asga.nn.scales import least_error_scale, lsq_scale
-from asga.ops.floats import FLOAT_GRIDS, float_fake_quant, nearest_float
+from asga.ops.floats import FLOAT_GRIDS, float_fake_quant, float_grid, nearest_float
 from asga.policy import FP4_BLOCK
-
-_E4M3 = FLOAT_GRIDS["fp8"]
 
 
 class FloatWeightQuantizer(Quantizer):
@@ -84,7 +82,9 @@ class FloatWeightQuantizer(Quantizer):
         if self.bits == "fp8":
             scale = self._effective_scale(values).reshape(-1, *(1 for _ in weight.shape[1:]))
         else:
-            scale = _BlockScales.apply(self._effective_scale(min(values, FP4_BLOCK)))
+            scale = self._effective_scale(min(values, FP4_BLOCK))
+            # A model in half precision has its scales in that, too.
+            scale = _BlockScales.apply(scale.to(torch.promote_types(scale.dtype, torch.float32)))
             scale = scale[:, :, None].expand(-1, -1, FP4_BLOCK).flatten(1)[:, :values].reshape(weight.shape)
         return float_fake_quant(weight, scale, self.bits)
 
@@ -96,8 +96,9 @@ class _BlockScales(torch.autograd.Function):
 
     @staticmethod
     def forward(scale: Tensor) -> Tensor:
-        tensor_scale = scale.amax() / _E4M3.largest
-        return nearest_float(scale / tensor_scale, "fp8").clamp(min=_E4M3.smallest) * tensor_scale
+        grid = float_grid("fp8")
+        tensor_scale = scale.amax() / grid.largest
+        return nearest_float(scale / tensor_scale, "fp8").clamp(min=grid.smallest) * tensor_scale
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

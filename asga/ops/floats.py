@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asga.ops.checks import INPUT_DTYPES
+from asga.ops.checks import INPUT_DTYPES, check_tensors
 from asga.ops.library import no_second_derivative
 
 
@@ -34,13 +34,21 @@ class FloatGrid:
         return 2.0 ** (self.smallest_exponent - self.mantissa_bits)
 
 
+def float_grid(format: str) -> FloatGrid:
+    """The grid of ``"fp4"`` or ``"fp8"``.
+
+    Its numbers stand in code, because torch.compile with dynamic=True makes symbols of those that it finds in objects,
+    and fails when two autograd functions read the same one.
+    """
+    if format == "fp4":
+        return FloatGrid(mantissa_bits=1, smallest_exponent=0, largest=6.0)  # E2M1
+    return FloatGrid(mantissa_bits=3, smallest_exponent=-6, largest=448.0)  # E4M3
+
+
 # Open Compute Project: "OCP 8-bit Floating Point Specification (OFP8)", revision 1.0, for E4M3, and "OCP Microscaling
 # Formats (MX) Specification", version 1.0, for E2M1:
 # https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
-FLOAT_GRIDS = {
-    "fp4": FloatGrid(mantissa_bits=1, smallest_exponent=0, largest=6.0),  # E2M1
-    "fp8": FloatGrid(mantissa_bits=3, smallest_exponent=-6, largest=448.0),  # E4M3
-}
+FLOAT_GRIDS = {format: float_grid(format) for format in ("fp4", "fp8")}
 
 # An integer type of the same width, and where the exponent is.
 _EXPONENTS = {torch.float32: (torch.int32, 0x7F80_0000), torch.float64: (torch.int64, 0x7FF0_0000_0000_0000)}
@@ -64,11 +72,12 @@ def float_fake_quant(input: Tensor, scale: Tensor, format: str) -> Tensor:
         A tensor with the shape, dtype and strides of ``torch.empty_like(input)``.
 
     Raises:
-        TypeError: A tensor is not floating point.
+        TypeError: A tensor is not floating point or not dense, or none at all.
         ValueError: `format` is unknown, or `scale` does not broadcast to the shape of `input`.
     """
     if format not in FLOAT_GRIDS:
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(map(repr, FLOAT_GRIDS))}")
+    check_tensors(input, scale=scale)
     if input.dtype not in INPUT_DTYPES:
         raise TypeError(f"input has dtype {input.dtype}; float32, bfloat16, float16 and float64 are supported")
     if not scale.is_floating_point():
@@ -84,7 +93,7 @@ def float_fake_quant(input: Tensor, scale: Tensor, format: str) -> Tensor:
 
 def nearest_float(values: Tensor, format: str) -> Tensor:
     """The nearest values of a format, half to even: saturating, NaN kept, 0.0 for -0.0. float32 or float64."""
-    grid = FLOAT_GRIDS[format]
+    grid = float_grid(format)
     integer, exponent = _EXPONENTS[values.dtype]
     clamped = values.clamp(-grid.largest, grid.largest)
     # 2 to the exponent, exactly: a value's other bits set to zero. Its neighbors lie one step apart; that division
@@ -118,11 +127,12 @@ class _FloatFakeQuantBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, input: Tensor, scale: Tensor, format: str) -> tuple[Tensor, Tensor]:
-        largest = FLOAT_GRIDS[format].largest
+        largest = float_grid(format).largest
         scaled, _ = _scaled(input, scale)
         inside = (scaled >= -largest) & (scaled <= largest)
         passed = torch.where(inside, scaled, 0.0)
-        grad_input = torch.empty_like(input).copy_(torch.where(inside, grad, 0.0))
+        # No copy_ into memory like that of the input: vmap may have many gradients for one input.
+        grad_input = torch.where(inside, grad, 0.0).to(input.dtype)
         terms = grad.to(scaled.dtype) * nearest_float(scaled, format).sub_(passed)
         return grad_input, _sum_to(terms, scale)
 

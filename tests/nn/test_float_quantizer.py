@@ -162,6 +162,27 @@ def test_compiles_to_one_graph(weight, bits):
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
+def test_formats_compile_together_for_dynamic_shapes(weight):
+    fp4, fp8 = (FloatWeightQuantizer(weight, bits) for bits in ("fp4", "fp8"))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda w: fp4(w) + fp8(w), fullgraph=True, backend="aot_eager", dynamic=True)
+    assert torch.equal(compiled(weight), fp4(weight) + fp8(weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", FORMATS)
+def test_scales_in_half_precision(weight, bits, dtype):
+    """As a model has them after `model.to(dtype)`."""
+    quantizer = FloatWeightQuantizer(weight, bits)
+    expected = quantizer(weight)
+    output = quantizer.to(dtype)(weight.to(dtype))
+    output.sum().backward()
+    assert (output.dtype, quantizer.scale.grad.dtype) == (dtype, dtype)
+    assert quantizer.scale.grad.isfinite().all()
+    error = (output.float() - expected).norm() / expected.norm()
+    assert error < 0.1  # one that rounds to the other side of a tie moves by a step
+
+
 @pytest.mark.parametrize(
     ("bits", "message"), [("fp6", "bits is 'fp6'"), ("int4", "one of 'fp4', 'fp8'"), (4, "bits is 4")]
 )

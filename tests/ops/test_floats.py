@@ -169,6 +169,12 @@ class TestFakeQuant:
             assert torch.equal(found[0][k], expected[0])
             torch.testing.assert_close(found[1][k], expected[1])
 
+    def test_vmap_of_many_gradients_for_one_input(self, generator, format):
+        x, factors = torch.randn(8, generator=generator), torch.randn(3, 8, generator=generator)
+        gradient = torch.func.grad(lambda x, factor: (float_fake_quant(x, torch.tensor(0.1), format) * factor).sum())
+        found = torch.func.vmap(gradient, in_dims=(None, 0))(x, factors)
+        assert torch.equal(found, torch.stack([gradient(x, factor) for factor in factors]))
+
     def test_has_no_second_derivative(self, format):
         x = torch.ones(3, requires_grad=True)
         (grad,) = torch.autograd.grad(float_fake_quant(x, x, format).sum(), x, create_graph=True)
@@ -182,6 +188,7 @@ class TestChecks:
         [
             ((torch.ones(2), torch.ones(()), "fp6"), ValueError, "format is 'fp6'; it must be one of 'fp4', 'fp8'"),
             ((torch.ones(2, dtype=torch.int32), torch.ones(()), "fp4"), TypeError, "input has dtype torch.int32"),
+            ((torch.ones(2), 0.5, "fp4"), TypeError, r"scale is 0\.5, of type float; a tensor is needed"),
             ((torch.ones(2), torch.ones((), dtype=torch.int32), "fp4"), TypeError, "scale has dtype torch.int32"),
             ((torch.ones(2, 3), torch.ones(2), "fp4"), ValueError, r"scale has shape \(2,\), which does not broadcast"),
             ((torch.ones(3), torch.ones(2, 3), "fp4"), ValueError, r"does not broadcast to \(3,\)"),
