@@ -74,7 +74,7 @@ class _Act(Quantizer):
 
     def _initialize_from(self, input: Tensor) -> None:
         """LSQ's practice: the first training batch sets the scale."""
-        if not self.training:
+        if not self.training or torch.compiler.is_exporting():  # an exported graph could not keep the scale
             raise RuntimeError(
                 "the model has an activation quantizer that is not calibrated: run "
                 "asga.nn.calibrate(model, batches), load a state dict, or train a first batch"

@@ -50,6 +50,8 @@ def effective_scale(scale: Tensor, floor: Tensor, grad_factor: Tensor, elements:
 
 
 class _EffectiveScale(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(scale: Tensor, floor: Tensor, grad_factor: Tensor, elements: int) -> Tensor:
         return torch.fmax(scale, floor)  # the floor where the scale is NaN

@@ -1,12 +1,14 @@
 import copy
 import math
 import os
+import pickle
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from asga.nn import (
     FloatWeightQuantizer,
@@ -230,6 +232,45 @@ class TestUse:
         layer = cls.from_float(module, weight_bits=bits, act_bits=bits)
         calibrate(layer, [inputs])
         assert torch.equal(copy.deepcopy(layer)(inputs), layer(inputs))
+
+    @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+    def test_checkpoints_compute_the_same(self, base, cls, bits, reentrant):
+        layer, x = make(base)
+        quantized = cls.from_float(layer, weight_bits=bits, act_bits=bits)
+        calibrate(quantized, [x])
+        results = []
+        for run in (quantized, lambda x: checkpoint(quantized, x, use_reentrant=reentrant)):
+            quantized.zero_grad()
+            leaf = x.clone().requires_grad_()
+            output = run(leaf)
+            output.square().sum().backward()
+            results.append([output, leaf.grad, *(p.grad.clone() for p in quantized.parameters())])
+        assert all(map(torch.equal, *results))
+
+    def test_gradients_per_sample(self, base, cls, bits):
+        layer, x = make(base)
+        quantized = cls.from_float(layer, weight_bits=bits, act_bits=None)
+        parameters = {name: parameter.detach() for name, parameter in quantized.named_parameters()}
+
+        def loss(parameters, x):
+            return torch.func.functional_call(quantized, parameters, (x[None],)).square().sum()
+
+        found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        quantized(x).square().sum().backward()
+        for name, parameter in quantized.named_parameters():
+            torch.testing.assert_close(found[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
+
+    def test_a_pickled_layer_computes_the_same(self, base, cls, bits):
+        layer, x = make(base)
+        quantized = cls.from_float(layer, weight_bits=bits, act_bits=bits)
+        calibrate(quantized, [x])
+        assert torch.equal(pickle.loads(pickle.dumps(quantized))(x), quantized(x))
+
+    def test_export_before_calibration_says_so(self, base, cls, bits):
+        layer, x = make(base)
+        quantized = cls.from_float(layer, weight_bits=bits, act_bits=bits)
+        with pytest.raises(RuntimeError, match="an activation quantizer that is not calibrated"):
+            torch.export.export(quantized, (x,))
 
     def test_repr_shows_the_bits(self, base, cls, bits):
         layer = cls.from_float(make(base)[0], weight_bits=bits, act_bits=None)
