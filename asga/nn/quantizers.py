@@ -264,6 +264,8 @@ class MixedWeightQuantizer(_Weight, _Mixed):
         for name in candidates:
             if isinstance(name, str):
                 self.add_module(name, FloatWeightQuantizer(weight, name, init=init))
+        order = [candidates.index(name) for name in (*self._integers, *self.floats)]
+        self.register_buffer("_integers_first", torch.tensor(order, device=weight.device), persistent=False)
 
     @property
     def floats(self) -> dict[str, FloatWeightQuantizer]:
@@ -280,13 +282,15 @@ class MixedWeightQuantizer(_Weight, _Mixed):
         floats = self.floats
         if not floats:
             return super()._fake_quant(weight, elements, axis)
-        probs = dict(zip(self.bits, self.probs().unbind(), strict=True))
+        # A copy: torch.compile (2.13) keeps views of the softmax for backward beside the softmax itself, and writes the
+        # gradient of the logits into its memory before the views are read.
+        probs = self.probs().index_select(0, self._integers_first)
+        of_integers, of_floats = probs[: -len(floats)], probs[-len(floats) :]
         # Wide, so that a weight in half precision is rounded once, at the end.
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        mixture = sum(probs[name] * quantizer(wide) for name, quantizer in floats.items())
+        mixture = sum(prob * quantizer(wide) for prob, quantizer in zip(of_floats, floats.values(), strict=True))
         if self._integers:
-            shares = torch.stack([probs[bits] for bits in self._integers])
-            mixture = mixture + self._mix(wide, shares, elements, axis)
+            mixture = mixture + self._mix(wide, of_integers, elements, axis)
         return mixture.to(weight.dtype)
 
 
