@@ -218,7 +218,7 @@ class ActQuantizer(_Act, _Fixed):
         device: Where the scale lives.
 
     Attributes:
-        scale: Parameter ``[]``, float32.
+        scale: Parameter ``[1]``, float32.
         always_signed: Set it before calibration where the target has no unsigned integers.
         signed: Buffer ``[]``, bool.
         calibrated: Buffer ``[]``, bool.
@@ -230,6 +230,9 @@ class ActQuantizer(_Act, _Fixed):
 
     def __init__(self, bits: int, *, init: str = "mse", device: torch.device | None = None) -> None:
         super().__init__((check_bits("bits", bits),), init, device)
+
+    def _candidate_shape(self) -> tuple[int, ...]:
+        return (1,)  # FSDP2 takes no parameters without a dimension
 
 
 class MixedWeightQuantizer(_Weight, _Mixed):

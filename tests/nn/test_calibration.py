@@ -36,7 +36,7 @@ def test_scales_come_from_the_activations_of_the_float_network(model, batches):
     conv = nn.functional.conv2d(images, model[0].weight, model[0].bias)
     hidden = torch.relu(conv / (1 + model[1].eps) ** 0.5)  # initial running statistics: mean 0, variance 1
     expected = [2 * images.abs().mean() / 7**0.5, 2 * hidden.mean() / 15**0.5]
-    torch.testing.assert_close(scales(model), [e.detach() for e in expected])
+    torch.testing.assert_close(scales(model), [e.detach().reshape(1) for e in expected])
     assert model[0].act_quantizer.signed
     assert not model[5].act_quantizer.signed
 

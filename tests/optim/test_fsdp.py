@@ -235,3 +235,38 @@ def test_local_ascent_is_refused_before_anything_moves(on_ranks):
     for message, untouched in on_ranks(LOCAL, [{}])[0]:
         assert "local_ascent is True" in message
         assert untouched
+
+
+QUANTIZED = (
+    SOURCE
+    + """
+import asga
+from torch.nn.parallel import DistributedDataParallel
+
+def quantized():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 1))
+    model = asga.quantize(net, asga.Policy({"0": asga.LayerPolicy(4, 4), "2": asga.LayerPolicy(4, 8)}))
+    asga.calibrate(model, [torch.randn(64, 6)])
+    return model.double()
+
+def work(rank):
+    results = []
+    for parallel in (DistributedDataParallel, lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (2,)))):
+        model = quantized()
+        around = parallel(model)
+        train(around, optimizer_of(model), rank, 2)
+        results.append(whole(model))
+    return {
+        "error": max((a - b).abs().max().item() for a, b in zip(*results)),
+        "moved": [(a - b).abs().max().item() for a, b in zip(results[1], quantized().parameters())],
+    }
+"""
+)
+
+
+def test_fixed_bits_under_fsdp_are_those_under_ddp(on_ranks):
+    """Scales of activations are learned there, too. One process alone would have another LSQ factor: a whole batch."""
+    for rank in on_ranks(QUANTIZED, [{}])[0]:
+        assert rank["error"] < 1e-12
+        assert min(rank["moved"]) > 0
