@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,10 @@ if not torch.cuda.is_available():
 # Tests in several processes: their threads would wait for each other's cores, which took some of them 20 times as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# A shell without job control starts what it puts into the background (`make test &`) with Ctrl-C ignored.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RunPython = Callable[..., str]
 LabeledBatches = Callable[..., list[tuple[Tensor, Tensor]]]
