@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -265,11 +266,10 @@ class Stage:
         """Go on from the checkpoint of this stage, if there is one."""
         if self._folder is None:
             return False
-
-        def check(state: Mapping[str, object]) -> None:
-            check_resumable(state, self._name, epochs=self._epochs, steps=self._steps, setting=self._setting)
-
-        state = self._folder.load_checkpoint(check)
+        length = {"epochs": self._epochs, "steps": self._steps}
+        state = self._folder.load_checkpoint(
+            partial(check_resumable, stage=self._name, **length, setting=self._setting)
+        )
         if state is None or state["stage"] != self._name:
             return False
         self._recovery.load_state_dict(state["recovery"])

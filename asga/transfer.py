@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -170,11 +171,8 @@ class TransferTrainer:
         steps = self.epochs * batches
         folder = existing_folder(self.folder, "transfer")
         if folder is not None:
-
-            def check(state: Mapping[str, object]) -> None:
-                check_resumable(state, self.stage, epochs=self.epochs, steps=batches, setting=setting)
-
-            folder.check_checkpoint(check)
+            length = {"epochs": self.epochs, "steps": batches}
+            folder.check_checkpoint(partial(check_resumable, stage=self.stage, **length, setting=setting))
         calibrate(self.model, first_batches(train, self.calibration_batches))
         self.model.train()
         groups = parameter_groups(self.model, weight_decay=self.weight_decay, lr=self.lr)

@@ -45,9 +45,7 @@ class FloatWeightQuantizer(Quantizer):
         super().__init__((bits,), scales, init, weight.device)
         largest = FLOAT_GRIDS[bits].largest
         self.quant_mins, self.quant_maxs = [-largest], [largest]
-        # LSQ's factor, 1 / sqrt(n * quant_max), expects rounding errors of the size of one step. Those of a float grow
-        # with the value, up to a share of the largest one, and so does the gradient of the scale: another sqrt.
-        self.grad_factor.fill_(1 / largest)
+        self._fill_grad_factor()
         self.initialize(weight)
 
     @property
@@ -73,6 +71,11 @@ class FloatWeightQuantizer(Quantizer):
 
     def _candidate_shape(self) -> tuple[int, ...]:
         return ()
+
+    def _fill_grad_factor(self) -> None:
+        # LSQ's factor, 1 / sqrt(n * quant_max), expects rounding errors of the size of one step. Those of a float grow
+        # with the value, up to a share of the largest one, and so does the gradient of the scale: another sqrt.
+        self.grad_factor.fill_(1 / self.quant_maxs[0])
 
     def _rows(self, rows: Tensor, scale: Tensor) -> Tensor:
         return float_fake_quant(rows, scale[:, None], self.bits)

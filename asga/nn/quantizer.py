@@ -55,8 +55,16 @@ class Quantizer(nn.Module):
     def _set_signed(self, signed: bool) -> None:
         ranges = [quant_range(bits, signed=signed) for bits in self._integers]
         self.quant_mins, self.quant_maxs = [low for low, _ in ranges], [high for _, high in ranges]
-        factors = torch.tensor([high**-0.5 for high in self.quant_maxs])
+        self._fill_grad_factor()
+
+    def _fill_grad_factor(self) -> None:
+        factors = torch.tensor([high**-0.5 for high in self.quant_maxs], device="cpu")
         self.grad_factor.copy_(factors.reshape(self.grad_factor.shape))
+
+    def _apply(self, *args, **kwargs) -> "Quantizer":
+        super()._apply(*args, **kwargs)
+        self._fill_grad_factor()  # `to_empty` leaves memory as it finds it, and no state dict has this
+        return self
 
     @torch.no_grad()
     def _set_scales(self, initial: Callable[[float, float], Tensor]) -> None:

@@ -267,8 +267,7 @@ class MixedWeightQuantizer(_Weight, _Mixed):
         for name in candidates:
             if isinstance(name, str):
                 self.add_module(name, FloatWeightQuantizer(weight, name, init=init))
-        order = [candidates.index(name) for name in (*self._integers, *self.floats)]
-        self.register_buffer("_integers_first", torch.tensor(order, device=weight.device), persistent=False)
+        self.register_buffer("_integers_first", self._order().to(weight.device), persistent=False)
 
     @property
     def floats(self) -> dict[str, FloatWeightQuantizer]:
@@ -286,7 +285,8 @@ class MixedWeightQuantizer(_Weight, _Mixed):
         if not floats:
             return super()._fake_quant(weight, elements, axis)
         # A copy: torch.compile (2.13) keeps views of the softmax for backward beside the softmax itself, and writes the
-        # gradient of the logits into its memory before the views are read.
+        # gradient of the logits into its memory before the views are read. What it knows to be the whole softmax again,
+        # as a stack of all its values, it takes for that.
         probs = self.probs().index_select(0, self._integers_first)
         of_integers, of_floats = probs[: -len(floats)], probs[-len(floats) :]
         # Wide, so that a weight in half precision is rounded once, at the end.
@@ -295,6 +295,14 @@ class MixedWeightQuantizer(_Weight, _Mixed):
         if self._integers:
             mixture = mixture + self._mix(wide, of_integers, elements, axis)
         return mixture.to(weight.dtype)
+
+    def _order(self) -> Tensor:
+        return torch.tensor([self._candidates.index(name) for name in (*self._integers, *self.floats)], device="cpu")
+
+    def _apply(self, *args, **kwargs) -> "MixedWeightQuantizer":
+        super()._apply(*args, **kwargs)
+        self._integers_first.copy_(self._order())  # as the factor of gradients
+        return self
 
 
 class MixedActQuantizer(_Act, _Mixed):

@@ -42,7 +42,9 @@ def float_grid(format: str) -> FloatGrid:
     """
     if format == "fp4":
         return FloatGrid(mantissa_bits=1, smallest_exponent=0, largest=6.0)  # E2M1
-    return FloatGrid(mantissa_bits=3, smallest_exponent=-6, largest=448.0)  # E4M3
+    if format == "fp8":
+        return FloatGrid(mantissa_bits=3, smallest_exponent=-6, largest=448.0)  # E4M3
+    raise KeyError(format)
 
 
 # Open Compute Project: "OCP 8-bit Floating Point Specification (OFP8)", revision 1.0, for E4M3, and "OCP Microscaling

@@ -393,3 +393,26 @@ def test_inductor_gives_the_values_and_gradients_of_eager(autocast):
     for eager, compiled in zip(*results, strict=True):
         # Eager rounds the sums of the biases' gradients to 8 significant bits on the way, inductor once at the end.
         assert (compiled - eager).norm() <= 2**-8 * eager.norm()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: QuantLinear(8, 4, weight_bits=4, act_bits=8),
+        lambda: QuantLinear(8, 4, weight_bits="fp4", act_bits=4),
+        lambda: MixedLinear(8, 4, weight_bits=("fp8", 2, "fp4", 4), act_bits=(2, 8)),
+    ],
+    ids=["fixed", "fp4", "mixed"],
+)
+def test_a_layer_made_on_meta_and_loaded_is_the_one_that_was_saved(build):
+    """As large models are made. A wrong LSQ factor, which no state dict has, would not show in the output."""
+    layer, inputs = build(), torch.randn(5, 8)
+    layer(inputs)
+    with torch.device("meta"):
+        other = build()
+    other.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    results = []
+    for one in (layer, other):
+        output = one(inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(one.parameters()))])
+    assert all(map(torch.equal, *results))
