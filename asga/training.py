@@ -125,7 +125,8 @@ class Stage:
             KeyboardInterrupt: A signal ended it; the checkpoint has been saved.
             OSError: A checkpoint or metrics could not be written; the last checkpoint stays.
             TrainingError: Step after step is left out, and going back does not help.
-            ValueError: The loader is empty or has no length, or the checkpoint is of a stage of another length.
+            ValueError: The loader is empty or has no length, or the checkpoint is of a stage of another length,
+                with other options, or interrupted and of another name.
         """
         self._steps, self._generators = count_batches(loader), generators_of(loader)
         if not self._resume():
@@ -285,22 +286,43 @@ class Stage:
         return True
 
 
+def setting_of(trainer: object, names: Iterable[str]) -> dict[str, str]:
+    """Options of a trainer that a resumed training must have in common with the one before, as `Stage` takes them.
+
+    Args:
+        trainer: With a `loss_fn`, which goes by its name, and `optimizer_options`.
+        names: Of the attributes that count beside them.
+    """
+    plain = (bool, int, float, str, tuple, type(None))  # others may print where they lie in memory
+    return {
+        **{name: str(getattr(trainer, name)) for name in names},
+        "loss_fn": _name_of(trainer.loss_fn),
+        **{name: str(value) for name, value in trainer.optimizer_options.items() if isinstance(value, plain)},
+    }
+
+
 def check_resumable(
     state: Mapping[str, object], stage: str, *, epochs: int, steps: int, setting: Mapping[str, str]
 ) -> None:
     """Refuse to go on from a checkpoint of a stage that had another length or other options; nothing is changed.
 
     Args:
-        state: Of the checkpoint; one of another stage passes, as it is not gone on from.
+        state: Of the checkpoint; one of another stage passes if that is complete: it is not gone on from, but replaced.
         stage: Name of the stage that is to go on.
         epochs: Of that stage.
         steps: Of an epoch.
         setting: As for `Stage`.
 
     Raises:
-        ValueError: It was made with something else; the message has both.
+        ValueError: It was made with something else, or by another stage that was interrupted; the message has both.
     """
     if state["stage"] != stage:
+        if state["stage"] is not None and state["epoch"] < state["epochs"]:
+            raise ValueError(
+                f"the folder holds the checkpoint of stage {state['stage']!r}, interrupted in epoch "
+                f"{state['epoch'] + 1} of {state['epochs']}, which stage {stage!r} would replace: resume that one "
+                f"first, or choose another folder"
+            )
         return
     before = state.get("setting") or setting  # checkpoints of earlier versions have none
     for name in {**before, **setting}:
@@ -367,6 +389,14 @@ def count_batches(loader: Iterable[Batch]) -> int:
     if count == 0:
         raise ValueError("loader is empty: there is no batch")
     return count
+
+
+def _name_of(function: Callable[..., object]) -> str:
+    """Name of a function, or of the class of another object that can be called."""
+    while isinstance(function, partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return named.__qualname__  # not its module, which is __main__ or not by how a script is started
 
 
 class _Snapshot(NamedTuple):

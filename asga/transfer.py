@@ -37,7 +37,11 @@ from asga.training import (
     count_batches,
     finite_batches,
     first_batches,
+    setting_of,
 )
+
+# What a training that goes on must have in common with the one that was interrupted.
+_SETTING = ("method", "lr", "momentum", "weight_decay", "warmup", "autocast")
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class TransferTrainer:
                 changed.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the training.
         """
-        batches, setting = count_batches(train), self._setting()
+        batches, setting = count_batches(train), setting_of(self, _SETTING)
         steps = self.epochs * batches
         folder = existing_folder(self.folder, "transfer")
         if folder is not None:
@@ -216,15 +220,6 @@ class TransferTrainer:
         if val is not None:
             evaluation = evaluate(self.model, val, loss_fn=self.loss_fn, autocast=self.autocast)
         return TransferResult(evaluation, history)
-
-    def _setting(self) -> dict[str, str]:
-        """What a training that goes on must have in common with the one that was interrupted."""
-        names = ("method", "lr", "momentum", "weight_decay", "warmup", "autocast")
-        plain = (bool, int, float, str, tuple, type(None))  # others may print where they lie in memory
-        return {
-            **{name: str(getattr(self, name)) for name in names},
-            **{name: str(value) for name, value in self.optimizer_options.items() if isinstance(value, plain)},
-        }
 
     def _measure_batchnorm(self, train: Iterable[Batch]) -> None:
         """Running statistics of the final weights: those of training lag behind by a momentum of 0.1 a step."""

@@ -326,6 +326,18 @@ class TestStage:
         Stage("other", 1, {"walk": other}, recovery=recovery, folder=folder).run(_shuffled(), other.step)
         assert len(other.seen) == 3
 
+    def test_checkpoint_of_an_interrupted_stage_is_not_replaced(self, tmp_path, run_contents):
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(tmp_path, _shuffled(), at=4, end=lambda: signal.raise_signal(signal.SIGINT))
+        before = run_contents(tmp_path)
+        other, folder = Walk(), RunFolder(tmp_path, "test", {}, resume=True)
+        stage = Stage("other", 1, {"walk": other}, recovery=Recovery({}, lambda: "", steps=3), folder=folder)
+        with pytest.raises(ValueError, match="of stage 'walk', interrupted in epoch 2 of 3, which stage 'other' would"):
+            stage.run(_shuffled(), other.step)
+        assert other.seen == []
+        assert run_contents(tmp_path) == before
+        assert len(run_stage(tmp_path, _shuffled(), resume=True)[0].seen) == 9
+
     def test_signal_at_the_end_of_the_last_epoch_is_not_lost(self, tmp_path):
         """It comes while the model is evaluated: no step follows that would notice."""
         walk = Walk()

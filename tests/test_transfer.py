@@ -2,10 +2,12 @@ import copy
 import json
 import math
 import signal
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import asga
@@ -230,7 +232,15 @@ class TestNotFinite:
         assert is_finite(model)
 
     @pytest.mark.parametrize(
-        "changed", [{"lr": 0.05}, {"optimizer_options": {"rho_max": 0.1}}, {"method": "sgd"}], ids=str
+        "changed",
+        [
+            {"lr": 0.05},
+            {"optimizer_options": {"rho_max": 0.1}},
+            {"method": "sgd"},
+            {"loss_fn": nn.CrossEntropyLoss()},
+            {"loss_fn": partial(functional.nll_loss, reduction="sum")},
+        ],
+        ids=str,
     )
     def test_goes_on_with_the_same_options_only(self, tiny_net, labeled_batches, tmp_path, changed):
         options = {"epochs": 2, "folder": tmp_path / "run", "checkpoint_every": 2}

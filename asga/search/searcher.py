@@ -36,7 +36,22 @@ from asga.search.trained import Search
 from asga.search.untrained import score_candidates
 from asga.search.watches import ClassWatch
 from asga.steps import LossFunction, TrainingError
-from asga.training import CHECKPOINT_EVERY, Progress, Stage, count_batches, first_batches
+from asga.training import CHECKPOINT_EVERY, Progress, Stage, count_batches, first_batches, setting_of
+
+# Options that a search that goes on must have in common with the one that was interrupted, beside its candidates.
+_SETTING = (
+    "method",
+    "budget",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "warmup",
+    "logit_lr",
+    "temperature",
+    "relaxation",
+    "held_out",
+    "autocast",
+)
 
 
 class PolicySearcher:
@@ -273,21 +288,8 @@ class PolicySearcher:
 
     def _setting(self) -> dict[str, str]:
         """What a search that goes on must have in common with the one that was interrupted."""
-        names = (
-            "method",
-            "budget",
-            "lr",
-            "momentum",
-            "weight_decay",
-            "warmup",
-            "logit_lr",
-            "temperature",
-            "relaxation",
-        )
-        plain = (bool, int, float, str, tuple, type(None))  # others may print where they lie in memory
         return {
-            **{name: str(getattr(self, name)) for name in (*names, "held_out", "autocast")},
-            **{name: str(value) for name, value in self.optimizer_options.items() if isinstance(value, plain)},
+            **setting_of(self, _SETTING),
             "groups": str([(group.layers, group.sides) for group in self.choices.groups]),
             **{
                 f"candidates of {name}": f"{layer.weight_bits} x {layer.act_bits}"
