@@ -46,8 +46,9 @@ class _Act(Quantizer):
     def __init__(self, candidates: Sequence[int], init: str, device: torch.device | None) -> None:
         super().__init__(candidates, (), init, device)
         self.always_signed = False
-        self.register_buffer("signed", torch.tensor(False, device=device))
-        self.register_buffer("calibrated", torch.tensor(False, device=device))
+        # Flags as integers: averages of models (torch.optim.swa_utils) subtract buffers, and bools have no difference.
+        self.register_buffer("signed", torch.zeros((), dtype=torch.uint8, device=device))
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.uint8, device=device))
         self._cache_state(signed=False, calibrated=False)
 
     def initialize(self, statistics: ActStatistics) -> None:

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from asga.nn import (
     ActQuantizer,
@@ -160,6 +161,23 @@ class TestActQuantizer:
         quantizer(activation)
         assert quantizer.calibrated
         assert not clone.calibrated
+
+    @pytest.mark.parametrize("multi_avg_fn", [None, get_ema_multi_avg_fn(0.5)], ids=["mean", "moving average"])
+    def test_is_averaged_with_its_buffers(self, activation, multi_avg_fn):
+        quantizer = ActQuantizer(4)
+        quantizer(activation)
+        average = AveragedModel(quantizer, multi_avg_fn=multi_avg_fn, use_buffers=True).eval()
+        scales = []
+        for factor in (1.0, 1.5):
+            with torch.no_grad():
+                quantizer.scale *= factor
+            scales.append(quantizer.scale.item())
+            average.update_parameters(quantizer)
+        assert average.module.scale.item() == pytest.approx(sum(scales) / 2)
+        assert average.module.signed
+        assert average.module.calibrated
+        quantizer.scale.data.copy_(average.module.scale)
+        assert torch.equal(average(activation), quantizer(activation))
 
 
 class TestMixture:
