@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 RunPython = Callable[..., str]
 LabeledBatches = Callable[..., list[tuple[Tensor, Tensor]]]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """What a test draws does not depend on which tests ran before it."""
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(0)
 
 
 @pytest.fixture(scope="session")
