@@ -16,6 +16,7 @@ cell, ``study.md`` the table.
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,6 +80,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         help="of models other than resnet20: 8, for small images, or ImageNet's 32, at about a seventh of the time",
     )
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 class Study:
@@ -224,7 +231,8 @@ def _parse(method: str) -> tuple[str, dict[str, object]]:
     """The method of the searcher, and options for `PolicySearcher`, of ``method:name=value,name=value``."""
     kind, _, rest = method.partition(":")
     options = {}
-    for name, _, value in (pair.partition("=") for pair in rest.split(",") if pair):
+    # Values may have commas of their own, such as those of a temperature.
+    for name, _, value in (pair.partition("=") for pair in re.split(r",(?=[a-z_]+=)", rest) if pair):
         where = options if name in signature(PolicySearcher).parameters else options.setdefault("optimizer_options", {})
         where[name] = json.loads(value)
     return kind, options
@@ -293,18 +301,13 @@ def _row(
     columns = [
         method,
         str(len(cells)),
-        f"{_spread(top1, 2)} %",
-        _spread([cell["loss"] for cell in cells.values()], 4),
-        _spread(paired, 4) if paired and method != "uniform" else "",
-        f"{_spread(shares, 1)} %",
+        f"{spread(top1, 2)} %",
+        spread([cell["loss"] for cell in cells.values()], 4),
+        spread(paired, 4) if paired and method != "uniform" else "",
+        f"{spread(shares, 1)} %",
         agreement,
     ]
     return f"| {' | '.join(columns)} |"
-
-
-def _spread(values: list[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 if __name__ == "__main__":
