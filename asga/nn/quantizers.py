@@ -221,8 +221,8 @@ class ActQuantizer(_Act, _Fixed):
     Attributes:
         scale: Parameter ``[1]``, float32.
         always_signed: Set it before calibration where the target has no unsigned integers.
-        signed: Buffer ``[]``, bool.
-        calibrated: Buffer ``[]``, bool.
+        signed: Buffer ``[]``, uint8: 0 or 1.
+        calibrated: Buffer ``[]``, uint8: 0 or 1.
 
     Raises:
         TypeError: `bits` is not an integer.
@@ -319,8 +319,8 @@ class MixedActQuantizer(_Act, _Mixed):
         logits: Parameter ``[K]``, float32, zero at first.
         temperature: Buffer ``[]``, one at first; see `set_temperature`.
         always_signed: Set it before calibration where the target has no unsigned integers.
-        signed: Buffer ``[]``, bool.
-        calibrated: Buffer ``[]``, bool.
+        signed: Buffer ``[]``, uint8: 0 or 1.
+        calibrated: Buffer ``[]``, uint8: 0 or 1.
 
     Raises:
         TypeError: A bit-width is not an integer.
