@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from asga._batches import Batch, Inputs, call, split, to_device
+from asga._modes import modes_kept
 from asga.optim import ASGA
 from asga.optim.guarded import GuardedSGD
 
@@ -102,7 +103,7 @@ def evaluate(
     loss_fn: LossFunction = functional.cross_entropy,
     autocast: torch.dtype | None = None,
 ) -> Evaluation:
-    """Loss and accuracy of a classifier, in eval mode; the training mode is restored.
+    """Loss and accuracy of a classifier, in eval mode; the mode of every module is restored.
 
     Args:
         model: Gives logits ``[B, classes]``, as a tensor or as the entry `logits` of what it returns.
@@ -117,11 +118,10 @@ def evaluate(
         TrainingError: A label is outside the model's classes, or an output is of another kind.
     """
     device = _device(model)
-    mode = model.training
-    model.eval()
     loss = correct = counted = torch.zeros((), dtype=torch.float64, device=device)
     images = 0
-    try:
+    with modes_kept(model):
+        model.eval()
         for inputs, labels in map(split, batches):
             inputs, labels = to_device(inputs, device), labels.to(device)
             logits = model_logits(model, inputs, autocast)
@@ -129,8 +129,6 @@ def evaluate(
             right, all_of_them = count_correct(logits, labels) or (0, 0)
             correct, counted = correct + right, counted + all_of_them
             images += len(labels)
-    finally:
-        model.train(mode)
     if images == 0:
         raise ValueError("batches is empty: there is nothing to evaluate")
     return Evaluation(loss.item() / images, (correct / counted).item(), images)
@@ -142,12 +140,12 @@ def measure_batchnorm(
     """Measure the running statistics of batch normalization anew: the plain mean over some batches.
 
     Args:
-        model: Its mode is restored.
+        model: The modes of its modules are restored.
         batches: Pairs of inputs and labels.
         autocast: Run the model under autocast to this dtype.
     """
     device = _device(model)
-    with autocast_to(device, autocast):
+    with modes_kept(model), autocast_to(device, autocast):
         update_bn(((to_device(inputs, device),) for inputs, _ in batches), _AnyInputs(model))
 
 

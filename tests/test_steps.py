@@ -16,6 +16,7 @@ from asga.steps import (
     cosine_with_warmup,
     count_correct,
     evaluate,
+    measure_batchnorm,
     model_logits,
     training_step,
 )
@@ -59,6 +60,16 @@ class TestEvaluate:
         evaluate(model, self.BATCHES)
         assert model.modes == [False, False]
         assert model.training is training
+
+    def test_modes_of_parts_are_kept(self):
+        """A frozen norm stays frozen, whatever the rest of the model does."""
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval(), nn.Dropout()).train()
+        model[1].eval()
+        evaluate(model, self.BATCHES[:1])
+        measure_batchnorm(model, self.BATCHES[:1])
+        assert [module.training for module in model] == [True, False, True]
+        measure_batchnorm(model.eval(), self.BATCHES[:1])
+        assert not any(module.training for module in model.modules())
 
     def test_mode_is_restored_after_an_error(self):
         model = Logits().train()

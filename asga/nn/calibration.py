@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from asga._batches import Batch, call, inputs_of, to_device
+from asga._modes import modes_kept
 from asga.nn.observer import ActStatistics
 from asga.nn.quantizer import Quantizer
 from asga.nn.quantizers import ActQuantizer, MixedActQuantizer
 
 
-def calibrate(model: nn.Module, batches: Iterable[Tensor | Batch]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Tensor | Batch], *, again: bool = True) -> None:
     """Set sign and scale of every activation quantizer from the activations of the float network.
 
     Runs the batches in eval mode without gradient while all quantizers, those of weights too, let their
@@ -24,6 +25,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Batch]) -> None:
         batches: A few batches, all of which are run: a tensor, a tuple or list whose first entry is the inputs
             (labels may follow), or a mapping of keyword arguments, whose entry "labels" is left out. Inputs are a
             tensor, a tuple of positional or a mapping of keyword arguments; tensors are moved to the model's device.
+        again: Also set what is set already, such as scales that were trained. If there is nothing to set, no batch is
+            run.
 
     Raises:
         ValueError: There is no batch, or the activations are not finite.
@@ -36,21 +39,19 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Batch]) -> None:
     statistics = {
         name: ActStatistics(keep_sample=quantizer.init == "mse")
         for name, quantizer in quantizers.items()
-        if isinstance(quantizer, ActQuantizer | MixedActQuantizer)
+        if isinstance(quantizer, ActQuantizer | MixedActQuantizer) and (again or not quantizer.calibrated)
     }
     if not statistics:
         return
-    training = {module: module.training for module in model.modules()}
     try:
         for name, quantizer in quantizers.items():
             quantizer._observe = statistics[name].update if name in statistics else _ignore
-        model.eval()
-        _run(model, batches)
+        with modes_kept(model):
+            model.eval()
+            _run(model, batches)
     finally:
         for quantizer in quantizers.values():
             quantizer._observe = None
-        for module, mode in training.items():
-            module.training = mode
     seen = {name: found for name, found in statistics.items() if not found.empty}
     for name, found in seen.items():
         try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from asga._batches import Inputs, call, tensors_in
+from asga._modes import modes_kept
 from asga.nn.quantizable import tied_layers
 from asga.policy import did_you_mean
 
@@ -122,8 +123,27 @@ def run_once(model: nn.Module, example_inputs: ExampleInputs) -> None:
         model: Any module.
         example_inputs: As for `profile_layers`.
     """
-    with _left_as_found(model, example_inputs), torch.no_grad():
+    with left_as_found(model, example_inputs), torch.no_grad():
         call(model.eval(), example_inputs)
+
+
+@contextmanager
+def left_as_found(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[None]:
+    """Put modes, buffers and random state back after the model was run; it may replace a buffer or write into it."""
+    buffers_of = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    tensors = [*model.parameters(), *model.buffers(), *tensors_in(example_inputs)]
+    cuda_devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
+    with modes_kept(model), torch.random.fork_rng(devices=sorted(cuda_devices)):
+        try:
+            yield
+        finally:
+            for module, buffers in buffers_of:
+                module._buffers.clear()
+                module._buffers.update(buffers)
+            with torch.no_grad():
+                for buffer, value in values:
+                    buffer.copy_(value)
 
 
 def layer_input(args: tuple, kwargs: dict) -> Tensor:
@@ -156,23 +176,3 @@ def _batch_size(example_inputs: ExampleInputs) -> int:
     if not shape or shape[0] == 0:
         raise ValueError(f"example_inputs begins with shape {shape}; a batch of at least one is needed")
     return shape[0]
-
-
-@contextmanager
-def _left_as_found(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[None]:
-    """Put training mode, buffers and random state back; a forward may replace a buffer or write into it."""
-    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    tensors = [*model.parameters(), *model.buffers(), *tensors_in(example_inputs)]
-    cuda_devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
-    with torch.random.fork_rng(devices=sorted(cuda_devices)):
-        try:
-            yield
-        finally:
-            for module, training, buffers in modules:
-                module.training = training
-                module._buffers.clear()
-                module._buffers.update(buffers)
-            with torch.no_grad():
-                for buffer, value in values:
-                    buffer.copy_(value)

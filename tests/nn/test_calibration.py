@@ -86,6 +86,19 @@ def test_a_compiled_model_is_calibrated_eagerly(model, batches):
     assert scales(model) == expected
 
 
+def test_what_is_set_already_can_be_left(model, batches):
+    calibrate(model, batches)
+    with torch.no_grad():
+        model[0].act_quantizer.scale.fill_(3)
+    model[5].act_quantizer = ActQuantizer(4, init="lsq")
+    calibrate(model, batches, again=False)
+    assert model[0].act_quantizer.scale == 3
+    assert model[5].act_quantizer.calibrated
+    calibrate(model, iter(()), again=False)  # nothing is left to set
+    calibrate(model, batches)
+    assert model[0].act_quantizer.scale != 3
+
+
 def test_no_batch_is_an_error(model):
     with pytest.raises(ValueError, match="batches is empty"):
         calibrate(model, [])
