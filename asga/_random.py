@@ -41,7 +41,12 @@ def set_random_state(state: dict[str, object], own: Sequence[torch.Generator] = 
 
 def generators_of(loader: object) -> list[torch.Generator]:
     """The generators that a `torch.utils.data.DataLoader` or its samplers were given, each once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (loader, batch_sampler, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
-    found = (getattr(owner, "generator", None) for owner in owners)
+    found = (getattr(owner, "generator", None) for owner in owners_of(loader))
     return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
+
+
+def owners_of(loader: object) -> list[object]:
+    """What decides the order of a `torch.utils.data.DataLoader`: itself and its samplers, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    found = (loader, batch_sampler, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
+    return list({id(owner): owner for owner in found if owner is not None}.values())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from asga._batches import Batch, Inputs, all_finite, split
-from asga._random import generators_of, random_state, set_random_state
+from asga._random import generators_of, owners_of, random_state, set_random_state
 from asga._signals import StopSignal
 from asga.recovery import Recovery, Stateful, copied, describe
 from asga.runs import RunFolder
@@ -346,7 +346,7 @@ def batches_from(loader: Iterable[Batch], epoch: int, start: int = 0) -> Iterato
     Raises:
         TypeError: A batch has none of the forms that `asga.evaluate` takes.
     """
-    for owner in (loader, getattr(loader, "sampler", None)):
+    for owner in owners_of(loader):
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
     if hasattr(loader, "iterate"):

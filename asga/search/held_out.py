@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler
 
 from asga._batches import Batch, Inputs
+from asga._random import random_state, set_random_state
 from asga.training import batches_from, count_batches
 
 # What a DataLoader over other samples takes from the one it is made of.
@@ -71,9 +72,10 @@ class HeldOut:
         """The batch of a step, counted from 0. Random numbers that opening the loader draws are drawn apart."""
         epoch, index = divmod(step, self._length)
         if step != self._next or index == 0:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(epoch)
-                self._batches = batches_from(self._loader, epoch, index)
+            before = random_state()
+            torch.default_generator.manual_seed(epoch)  # that of the CPU alone
+            self._batches = batches_from(self._loader, epoch, index)
+            set_random_state(before)
         self._next = step + 1
         return next(self._batches)
 
@@ -101,14 +103,19 @@ def _split_data_loader(loader: DataLoader, share: float) -> tuple[DataLoader, Da
             f"held_out is {share}, but the DataLoader has a sampler of its own: split its dataset, or leave the "
             f"sampler to the DataLoader (shuffle=True)"
         )
+    count, replacement = len(loader.dataset), getattr(loader.sampler, "replacement", False)
+    if len(loader.sampler) != count or replacement:
+        raise ValueError(
+            f"held_out is {share}, but the sampler of the DataLoader draws {len(loader.sampler)} of {count} samples"
+            f"{' with replacement' if replacement else ''}: only one that draws each once can be split"
+        )
     options = {name: getattr(loader, name) for name in _KEPT}
-    count = len(loader.dataset)
     held_out = hold_out(count, share)
     rest = torch.ones(count, dtype=torch.bool).index_fill_(0, held_out, False).nonzero().flatten()
-    # From torch's global generator, as the loader itself would: a resumed epoch draws the same order again.
+    # From the same generator as the loader itself: a resumed epoch draws the same order again.
     shuffles = isinstance(loader.sampler, RandomSampler)
-    sampler = SubsetRandomSampler(rest.tolist()) if shuffles else rest.tolist()
+    sampler = SubsetRandomSampler(rest.tolist(), loader.sampler.generator) if shuffles else rest.tolist()
     return (
-        DataLoader(loader.dataset, sampler=sampler, **options),
+        DataLoader(loader.dataset, sampler=sampler, generator=loader.generator, **options),
         DataLoader(loader.dataset, sampler=_Shuffled(held_out), **options),
     )

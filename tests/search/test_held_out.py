@@ -1,9 +1,12 @@
 import itertools
+import random
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 
+from asga._random import generators_of, random_state, set_random_state
 from asga.data import Batches, ImageTensor
 from asga.search.held_out import split_loader
 
@@ -37,6 +40,30 @@ class TestDataLoader:
         assert list(rest) == [4, 4, 4]
         assert rest.dataset is loader.dataset
 
+    def test_shuffles_by_the_generator_of_the_loader(self):
+        def order(seed: int) -> list[int]:
+            torch.manual_seed(seed)
+            generator = torch.Generator().manual_seed(5)
+            loader = DataLoader(numbered(), batch_size=4, shuffle=True, generator=generator)
+            rest = split_loader(loader, 0.25)[0]
+            assert generators_of(rest) == [generator]
+            return numbers(rest)
+
+        assert order(0) == order(1)
+
+    @pytest.mark.parametrize(
+        ("sampler", "message"),
+        [
+            ({"replacement": True, "num_samples": 8}, "draws 8 of 20 samples with replacement: only one that"),
+            ({"num_samples": 8}, "draws 8 of 20 samples: only one that draws each once can be split"),
+        ],
+        ids=["with replacement", "a part"],
+    )
+    def test_a_sampler_that_draws_otherwise(self, sampler, message):
+        loader = DataLoader(numbered(), batch_size=4, sampler=RandomSampler(numbered(), **sampler))
+        with pytest.raises(ValueError, match=message):
+            split_loader(loader, 0.25)
+
     def test_own_sampler(self):
         loader = DataLoader(numbered(), batch_size=4, sampler=WeightedRandomSampler([1.0] * 20, 20))
         with pytest.raises(ValueError, match=r"held_out is 0\.25, but the DataLoader has a sampler of its own"):
@@ -59,6 +86,26 @@ class TestHeldOut:
             torch.manual_seed(start)
             resumed = held_out()
             assert [resumed.batch(step)[0].tolist() for step in range(start, 9)] == expected[start:]
+
+    def test_what_is_passed_over_draws_nothing_anywhere(self):
+        """A resumed search goes on with the random numbers of one that was not stopped, whoever draws them."""
+
+        class Noisy(TensorDataset):
+            def __getitem__(self, index):
+                return self.tensors[0][index] + np.random.rand() + random.random() + torch.rand(()), 0
+
+        def batches(first: int, state: dict | None = None):
+            held_out = split_loader(DataLoader(Noisy(torch.arange(20)), batch_size=1, shuffle=True), 0.25)[1]
+            if state is not None:
+                set_random_state(state)
+            for step in range(first, 8):
+                before = random_state()
+                yield held_out.batch(step)[0].item(), before
+
+        whole = list(batches(0))
+        for first in (1, 3, 6):
+            again = batches(first, whole[first][1])
+            assert [value for value, _ in again] == [value for value, _ in whole[first:]]
 
     def test_draws_no_random_number_of_the_caller(self):
         held_out = split_loader(DataLoader(numbered(), batch_size=2, shuffle=True), 0.25)[1]
