@@ -1,6 +1,6 @@
 """Layers that must share bits: named by hand, or found by running the model once and following its tensors."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -12,6 +12,7 @@ from asga._batches import tensors_in
 from asga.search.profiles import ExampleInputs, layer_input, run_once
 
 SIDES = ("weight", "act")
+_OTHER_SHAPE = ""  # no layer has this name
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Group:
     share: str = "both"
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, str) or not all(isinstance(name, str) for name in self.layers):
+        if not is_names(self.layers):
             raise TypeError(f"layers of a group are {self.layers!r}; a sequence of names or patterns is needed")
         if not self.layers:
             raise ValueError("a group has no layers; at least one name or pattern is needed")
@@ -45,6 +46,11 @@ class Group:
         return SIDES if self.share == "both" else (self.share,)
 
 
+def is_names(value: object) -> bool:
+    """Whether it is a collection of strings; one string is none, nor is what can be run through only once."""
+    return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(name, str) for name in value)
+
+
 def find_groups(model: nn.Module, example_inputs: ExampleInputs, layers: Sequence[str], rule: str) -> list[Group]:
     """The groups that a rule finds in a model, by running it once.
 
@@ -53,9 +59,11 @@ def find_groups(model: nn.Module, example_inputs: ExampleInputs, layers: Sequenc
       same type), and a tensor that two layers read is stored once. In a ResNet these are the first layers of all
       blocks of a stage, and those of the next that read its result.
     - ``"qkv"``: linear layers that read the same tensor share weight and activation bits. Runtimes make one product
-      of them (query, key and value; gate and up), with one format: see `packed_modules_mapping` of vLLM.
+      of them (query, key and value; gate and up), with one format: see `packed_modules_mapping` of vLLM. Layers that
+      read different parts of a tensor do not.
     - ``"depthwise"``: a depthwise convolution and the 1x1 convolution after it, with only norms and activation
-      functions between, share weight and activation bits, as kernels that fuse the two need.
+      functions between, share weight and activation bits, as kernels that fuse the two need. What changes the shape,
+      such as the pooling of a squeeze-and-excitation block, is no such function.
 
     Args:
         model: Any module; it is left as it was.
@@ -89,12 +97,13 @@ class _Flow:
     ReLU, pooling by maximum, padding with zeros) hand their input's value on.
 
     Attributes:
-        reads: By layer, the values that it reads.
-        sources: By value, the layers that it comes from without another layer in between.
+        reads: By layer, the values that it reads, and which part of each: where in memory it begins, how long it is.
+        sources: By value, the layers that it comes from without another layer in between, and `_OTHER_SHAPE` where its
+            shape was changed since.
         sums: Values that meet in an addition, and the value of their sum.
     """
 
-    reads: dict[str, list[int]] = field(default_factory=dict)
+    reads: dict[str, list[tuple[int, tuple[int, int]]]] = field(default_factory=dict)
     sources: list[frozenset[str]] = field(default_factory=list)
     sums: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -105,21 +114,23 @@ class _Flow:
 
 def _residual(flow: _Flow, layers: Mapping[str, nn.Module]) -> list[Group]:
     streams = {value: stream for stream, values in enumerate(joined(flow.sums)) for value in values}
-    return _readers(flow, layers, streams, "act")
+    return _readers(flow, layers, lambda read: streams.get(read[0]), "act")
 
 
 def _same_input(flow: _Flow, layers: Mapping[str, nn.Module]) -> list[Group]:
     linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-    return _readers(flow, linear, {value: value for value in range(len(flow.sources))}, "both")
+    return _readers(flow, linear, lambda read: read, "both")
 
 
-def _readers(flow: _Flow, layers: Iterable[str], places: Mapping[int, int], share: str) -> list[Group]:
-    """The layers that read from the same place, of those values that have one."""
-    readers: dict[int, dict[str, None]] = {}
+def _readers(
+    flow: _Flow, layers: Iterable[str], place_of: Callable[[tuple[int, tuple[int, int]]], Hashable], share: str
+) -> list[Group]:
+    """The layers that read from the same place; what has none (None) does not count."""
+    readers: dict[Hashable, dict[str, None]] = {}
     for name in layers:
-        for value in flow.reads.get(name, ()):
-            if value in places:
-                readers.setdefault(places[value], {})[name] = None
+        for place in map(place_of, flow.reads.get(name, ())):
+            if place is not None:
+                readers.setdefault(place, {})[name] = None
     return [Group(tuple(names), share) for names in readers.values()]
 
 
@@ -128,8 +139,9 @@ def _depthwise(flow: _Flow, layers: Mapping[str, nn.Module]) -> list[Group]:
     for name, layer in layers.items():
         if not isinstance(layer, nn.Conv2d) or layer.kernel_size != (1, 1) or layer.groups > 1:
             continue
-        sources = frozenset().union(*(flow.sources[value] for value in flow.reads.get(name, ())))
-        if len(sources) == 1 and _is_depthwise(layers[next(iter(sources))]):
+        sources = frozenset().union(*(flow.sources[value] for value, _ in flow.reads.get(name, ())))
+        before = [layers[source] for source in sources if source != _OTHER_SHAPE]
+        if len(before) == len(sources) == 1 and _is_depthwise(before[0]):
             groups.append(Group((*sources, name)))
     return groups
 
@@ -197,7 +209,7 @@ class _Tracer(TorchDispatchMode):
         # What depends on no input of the model, such as a parameter, is no activation.
         computed = [t for t in tensors_in(outputs) if func._schema.is_mutable or _storage(t) not in storages]
         if known and computed:
-            value = known[0] if func in _KEEP_THE_GRID else self._compute(func, tensors, values)
+            value = known[0] if func in _KEEP_THE_GRID else self._compute(func, tensors, values, computed[0].shape)
             for tensor in computed:
                 self._assign(tensor, value)
         return outputs
@@ -209,7 +221,8 @@ class _Tracer(TorchDispatchMode):
             tensor = layer_input(args, kwargs)
             if _storage(tensor) not in self._values:
                 self._assign(tensor, self._flow.new_value())
-            self._flow.reads.setdefault(name, []).append(self._values[_storage(tensor)])
+            part = tensor.storage_offset(), tensor.numel()
+            self._flow.reads.setdefault(name, []).append((self._values[_storage(tensor)], part))
 
         return hook
 
@@ -221,9 +234,11 @@ class _Tracer(TorchDispatchMode):
 
         return hook
 
-    def _compute(self, func: object, tensors: Sequence[Tensor], values: Sequence[int | None]) -> int:
+    def _compute(self, func: object, tensors: Sequence[Tensor], values: Sequence[int | None], shape: torch.Size) -> int:
         known = [value for value in values if value is not None]
-        value = self._flow.new_value(frozenset().union(*(self._flow.sources[v] for v in known)))
+        sources = frozenset().union(*(self._flow.sources[v] for v in known))
+        shapes = [tensor.shape for tensor, value in zip(tensors, values, strict=True) if value is not None]
+        value = self._flow.new_value(sources if shape in shapes else sources | {_OTHER_SHAPE})
         # An addition of other shapes adds a bias or an embedding, not a branch.
         if func in _ADDITIONS and len(known) == 2 and tensors[0].shape == tensors[1].shape:
             self._flow.sums.append((*known, value))

@@ -129,6 +129,19 @@ class TestSameInput:
         ]
         assert groups_of(model, "residual", {"input_ids": torch.ones(1, 6, dtype=torch.int64)}) == {}
 
+    def test_parts_of_a_tensor_are_not_the_same(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+            def forward(self, x):
+                x = x + 1
+                u, v = x.chunk(2, -1)
+                return self.a(u) * self.b(v) + self.c(u.view(u.shape))
+
+        assert groups_of(Net(), "qkv", torch.zeros(1, 8)) == {("a", "c"): "both"}
+
     def test_convolutions_are_left_to_other_rules(self):
         assert groups_of(resnet20(), "qkv", IMAGE) == {}
 
@@ -149,6 +162,20 @@ class TestDepthwise:
             ([depthwise, nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1)], []),
         ):
             assert list(groups_of(nn.Sequential(*layers), "depthwise", torch.zeros(1, 4, 9, 9))) == pairs
+
+    def test_a_squeeze_and_excitation_block_does_not_follow_at_once(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+                self.squeeze, self.excite, self.pointwise = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1), nn.Conv2d(8, 4, 1)
+
+            def forward(self, x):
+                x = functional.silu(self.depthwise(x))
+                scale = self.excite(functional.relu(self.squeeze(functional.adaptive_avg_pool2d(x, 1))))
+                return self.pointwise(x * scale.sigmoid())
+
+        assert groups_of(Net(), "depthwise", torch.zeros(1, 8, 9, 9)) == {}
 
 
 def test_the_model_is_left_as_it_was():
