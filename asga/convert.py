@@ -11,7 +11,7 @@ from asga.nn.layers import MixedConv2d, MixedLinear, QuantConv2d, QuantizedLayer
 from asga.nn.quantizable import find_quantizable, second_names, unwrapped
 from asga.nn.quantizers import ActQuantizer, MixedActQuantizer
 from asga.nn.shared import refuse_contradictions
-from asga.policy import Policy, WeightBits
+from asga.policy import Policy, WeightBits, check_is_policy
 from asga.targets import check_target, find_target
 
 if TYPE_CHECKING:
@@ -60,13 +60,15 @@ def prepare(
 
     Raises:
         ValueError: The model is converted already, has nothing to search or what the target of the space cannot run,
-            is in parts compiled, or is itself a single layer, which cannot be replaced in place. Nothing has been
-            changed.
+            is not the one that the choices were made for, is in parts compiled, or is itself a single layer, which
+            cannot be replaced in place. Nothing has been changed.
     """
     model = unwrapped(model)
     check_float(model)
     choices = space.choices(model) if hasattr(space, "choices") else space
-    layers = choices.layers
+    layers, known = choices.layers, find_quantizable(model)[0]
+    if unknown := [name for name in layers if name not in known]:
+        raise ValueError(f"space was applied to another model: this one has no quantizable layer {unknown[0]!r}")
     pinned = {name: (c.weight_bits[0], c.act_bits[0]) for name, c in layers.items() if c.pinned}
     searched = {
         name: (_candidates(c.weight_bits), _candidates(c.act_bits)) for name, c in layers.items() if not c.pinned
@@ -98,6 +100,7 @@ def quantize(
         The converted model; `model` itself if `inplace`.
 
     Raises:
+        TypeError: `policy` is no `Policy`.
         ValueError: The policy does not fit the model or the target (`check_policy`), or the model is converted
             already, in parts compiled, or itself a single layer, which cannot be replaced in place. Nothing has been
             changed.
@@ -125,9 +128,11 @@ def check_policy(model: nn.Module, policy: Policy, *, target: str | None = None)
         The name of the target.
 
     Raises:
+        TypeError: `policy` is no `Policy`.
         ValueError: The policy is for other layers (`Policy.check_against`), or the target cannot run a layer with its
             bits; the message has all such layers, and what the target can run.
     """
+    check_is_policy(policy)
     layers = find_quantizable(model)[0]
     policy.check_against(list(layers), second_names(model))
     target = policy.meta.get("deployment_target", "any") if target is None else target

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from asga._checks import check_instance
 from asga._files import write_json
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -80,7 +81,7 @@ class Policy(Mapping[str, LayerPolicy]):
         if not layers:
             raise ValueError("a policy needs at least one layer")
         self._layers = dict(layers)
-        self._meta = _plain_json(dict(meta or {}))
+        self._meta = plain_json(dict(meta or {}))
 
     @property
     def meta(self) -> dict[str, object]:
@@ -212,6 +213,15 @@ class UnknownLayerError(KeyError):
         return self.args[0]
 
 
+def check_is_policy(policy: object) -> None:
+    """Refuse what is given for the argument `policy` and is no `Policy`.
+
+    Raises:
+        TypeError: It is none.
+    """
+    check_instance("policy", policy, Policy, "a Policy (Policy.load reads one from a file)")
+
+
 def check_bits(name: str, bits: object) -> int:
     """Check a bit-width given for the argument `name`.
 
@@ -259,6 +269,14 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else ""
 
 
+def plain_json(meta: dict[str, object]) -> dict[str, object]:
+    """A copy of `meta` as JSON would give it back, so that a saved policy equals the loaded one."""
+    try:
+        return json.loads(json.dumps(meta, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"meta cannot be kept as JSON: {error}") from error
+
+
 def _read_layer(name: str, entry: object) -> LayerPolicy:
     keys = {"weight_bits", "act_bits"}
     if not isinstance(entry, dict) or entry.keys() != keys:
@@ -277,14 +295,6 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(key for key in names if names.count(key) > 1)
         raise ValueError(f"the key {twice!r} is there twice")
     return result
-
-
-def _plain_json(meta: dict[str, object]) -> dict[str, object]:
-    """A copy of `meta` as JSON would give it back, so that a saved policy equals the loaded one."""
-    try:
-        return json.loads(json.dumps(meta, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"meta cannot be kept as JSON: {error}") from error
 
 
 def _listed(names: Sequence[str], most: int = 10) -> str:

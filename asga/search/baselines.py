@@ -51,7 +51,8 @@ def random_choice(
         name: np.stack([tables[m][name] > limit if m in PEAKS else tables[m][name] for m, limit in limits.items()], -1)
         for name in names
     }
-    room = np.array([0 if metric in PEAKS else limit for metric, limit in limits.items()])
+    # A limit may be larger than any integer of NumPy's, but no policy costs that much.
+    room = np.array([0 if metric in PEAKS else min(limit, 2**62) for metric, limit in limits.items()])
     room -= sum(costs[name][chosen[name]] for name in names)
     draws = np.random.default_rng(int(torch.randint(2**62, ())))
     blocks = _blocks(choices)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
+import numpy as np
+
 from asga.policy import MAX_BITS, MIN_BITS
 from asga.search.costs import METRICS, policy_cost
 from asga.search.profiles import LayerProfile
@@ -82,7 +84,10 @@ class Budget:
             if isinstance(amount, numbers.Real) and not isinstance(amount, bool):
                 # A number of NumPy's as Python's, which JSON knows; by its digits, as float32 has fewer of them. The
                 # dataclass is frozen: values in their canonical form can only be put in place this way.
-                amount = int(amount) if isinstance(amount, numbers.Integral) else float(str(amount))
+                if isinstance(amount, numbers.Integral):
+                    amount = int(amount)
+                else:
+                    amount = float(str(amount) if isinstance(amount, np.floating) else amount)
                 object.__setattr__(self, name, amount)
             _read(name, amount)
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from asga.policy import FLOAT_BITS, FP4_BLOCK, Policy, WeightBits, bit_width
+from asga.policy import FLOAT_BITS, FP4_BLOCK, Policy, WeightBits, bit_width, check_is_policy
 from asga.search.profiles import LayerProfile
 from asga.search.space import LayerChoices, SpaceChoices
 
@@ -160,8 +160,10 @@ def policy_costs(profiles: Mapping[str, LayerProfile], policy: Policy) -> Costs:
         policy: The bits of each layer.
 
     Raises:
+        TypeError: `policy` is no `Policy`.
         ValueError: The two are not about the same layers, or a latency is not in the table.
     """
+    check_is_policy(policy)
     return Costs(**{metric: policy_cost(profiles, policy, metric) for metric in known_metrics(profiles)})
 
 

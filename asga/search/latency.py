@@ -40,21 +40,28 @@ class LatencyTable:
 
     Raises:
         TypeError: A time is not an integer.
-        ValueError: A time is negative, or bits are not supported.
+        ValueError: A time is negative, an entry is there twice, or bits are not supported.
     """
 
     times: Mapping[Entry, int]
     kernels: Mapping[Entry, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        times, kernels = {}, {}
         for (layer, weight_bits, act_bits), time in self.times.items():
-            LayerPolicy(weight_bits, act_bits)
             if isinstance(time, bool) or not isinstance(time, numbers.Integral):
                 raise TypeError(f"the time of {layer!r} is {time!r}; whole nanoseconds are needed")
             if time < 0:
                 raise ValueError(f"the time of {layer!r} is {time} ns; it must not be negative")
-        # Integers of NumPy's as Python's, which do not overflow. Only so is a value of a frozen dataclass put in place.
-        object.__setattr__(self, "times", {entry: int(time) for entry, time in self.times.items()})
+            entry = _entry(layer, weight_bits, act_bits)
+            if entry in times:
+                raise ValueError(f"{_named(entry)} is there twice")
+            times[entry] = int(time)  # NumPy's would overflow
+            if (layer, weight_bits, act_bits) in self.kernels:
+                kernels[entry] = self.kernels[layer, weight_bits, act_bits]
+        # Only so are values of a frozen dataclass put in place.
+        object.__setattr__(self, "times", times)
+        object.__setattr__(self, "kernels", kernels)
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike) -> "LatencyTable":
@@ -85,8 +92,7 @@ class LatencyTable:
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             try:
-                entry = (row["layer"], _read_bits(row["weight_bits"]), _read_bits(row["act_bits"]))
-                LayerPolicy(*entry[1:])
+                entry = _entry(row["layer"], _read_bits(row["weight_bits"]), _read_bits(row["act_bits"]))
                 time = _read_time(units[0], row[units[0]])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{where}: {error}") from None
@@ -197,6 +203,12 @@ def _pairs(choices: SpaceChoices, name: str) -> list[tuple[Bits, Bits]]:
     """All that a layer may be: its pairs of candidates, or float where it is excluded."""
     layer = choices.layers.get(name, LayerChoices((None,), (None,)))
     return [(weight_bits, act_bits) for weight_bits in layer.weight_bits for act_bits in layer.act_bits]
+
+
+def _entry(layer: str, weight_bits: Bits, act_bits: Bits) -> Entry:
+    """With bits in their canonical form: ``"int4"`` is 4."""
+    bits = LayerPolicy(weight_bits, act_bits)
+    return layer, bits.weight_bits, bits.act_bits
 
 
 def _read_bits(text: str | None) -> Bits:

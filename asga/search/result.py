@@ -143,11 +143,14 @@ class SearchResult:
         return points
 
     def distance(self, budget: Budget) -> dict[str, float]:
-        """How far a budget is from the one that was searched for; see `FrontierPoint`."""
+        """How far a budget is from the one that was searched for; see `FrontierPoint`.
+
+        What costs nothing with the policy found, as a latency may in a table, is no measure of it and left out.
+        """
         check_budget("budget", budget)
         limits, trained = (b.limits(self.profiles, self.choices) for b in (budget, self.budget))
         trained = {**self.costs(self.policy).to_dict(), **trained}
-        return {metric: limit / trained[metric] - 1 for metric, limit in limits.items()}
+        return {metric: limit / trained[metric] - 1 for metric, limit in limits.items() if trained[metric] > 0}
 
     def _point(self, budget: Budget, meta: Mapping[str, object] | None, spend: bool) -> FrontierPoint:
         meta = {**self.policy.meta, **(meta or {})}

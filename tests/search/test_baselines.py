@@ -45,6 +45,9 @@ def feasible(limits: dict[str, int]) -> list[dict[str, tuple[int, int]]]:
 
 
 class TestRandomChoice:
+    def test_a_limit_beyond_all_integers(self):
+        assert random_choice(PROFILES, CHOICES, {"bitops": 10**30}).keys() == CHOICES.layers.keys()
+
     @pytest.mark.parametrize("budget", [{"bitops": "w4a4"}, {"bitops": "w4a4", "size": "w4"}], ids=str)
     def test_every_policy_within_the_budget_is_equally_likely(self, budget, monkeypatch):
         monkeypatch.setattr("asga.search.baselines._SWEEPS", 30)  # as good as 200 for two layers

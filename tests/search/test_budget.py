@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -188,9 +189,11 @@ def test_profiles_of_another_model():
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"), [(np.int64(7), 7), (np.float32(0.009), 0.009), (np.float64(0.5), 0.5)], ids=repr
+    ("given", "kept"),
+    [(np.int64(7), 7), (np.float32(0.009), 0.009), (np.float64(0.5), 0.5), (Fraction(1, 4), 0.25)],
+    ids=repr,
 )
-def test_numbers_of_numpy_become_those_of_python(given, kept):
+def test_other_numbers_become_those_of_python(given, kept):
     budget = Budget(size=given)
     assert budget == Budget(size=kept)
     assert json.loads(json.dumps(budget.to_dict())) == {"size": kept}

@@ -50,6 +50,14 @@ class TestCsv:
         )
         assert LatencyTable.from_csv(tmp_path / "table.csv").times == {("a.0", 4, None): nanoseconds}
 
+    def test_names_of_integers(self, tmp_path):
+        (tmp_path / "table.csv").write_text("layer,weight_bits,act_bits,seconds\na,int4,8,1\na,fp4,8,2\n")
+        assert LatencyTable.from_csv(tmp_path / "table.csv").times == {("a", 4, 8): 10**9, ("a", "fp4", 8): 2 * 10**9}
+        table = LatencyTable({("a", "int4", 8): 3}, {("a", "int4", 8): "int8"})
+        assert (table.times, table.kernels) == ({("a", 4, 8): 3}, {("a", 4, 8): "int8"})
+        with pytest.raises(ValueError, match="layer 'a' with 4 weight bits and 8 activation bits is there twice"):
+            LatencyTable({("a", "int4", 8): 3, ("a", 4, 8): 3})
+
     def test_of_a_spreadsheet(self, tmp_path):
         """With a byte order mark, the line ends of Windows, and a name with a comma."""
         (tmp_path / "table.csv").write_bytes(b'\xef\xbb\xbflayer,weight_bits,act_bits,seconds\r\n"a,b",2,2,1\r\n')
@@ -67,6 +75,7 @@ class TestCsv:
                 "layer,weight_bits,act_bits,seconds\na,2,2,1\nb,2,2,1\na,2,2,3",
                 "line 4: layer 'a' with 2 weight bits and 2 activation bits is there twice",
             ),
+            ("layer,weight_bits,act_bits,seconds\na,4,2,1\na,int4,2,1", "line 3: layer 'a' with 4 weight bits and"),
             ("layer,weight_bits,act_bits,seconds\na,2,2,-1", "line 2: seconds is -1; it must not be negative"),
             ("layer,weight_bits,act_bits,seconds\na,2,2,nan", "line 2: seconds is 'nan'; a finite number is needed"),
             (

@@ -132,6 +132,12 @@ class TestFrontier:
         with pytest.raises(InfeasibleBudgetError, match="least possible"):
             result.pareto([Budget(bitops="w4a4"), Budget(bitops=1000)])
 
+    def test_no_distance_from_a_policy_that_costs_nothing(self, result):
+        free = tuple((w, a, 0) for w in (None, *range(2, 9)) for a in (None, *range(2, 9)))
+        profiles = {name: replace(profile, latency_ns=free) for name, profile in result.profiles.items()}
+        point = replace(result, profiles=profiles).pareto([Budget(latency="5ms", bitops="w4a4")])[0]
+        assert point.distance == {"bitops": 0.0}
+
     def test_no_budgets(self, result):
         with pytest.raises(TypeError, match=r"budgets\[1\] is 'w3a3'; .* Budget\(bitops='w3a3'"):
             result.pareto([Budget(bitops="w4a4"), "w3a3"])
