@@ -3,11 +3,15 @@
 import math
 import numbers
 
+import numpy as np
 import torch
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
+def check_count(name: str, value: object, least: int = 1) -> int:
     """An integer that is not too small.
+
+    Returns:
+        `value`, as Python's if it is one of NumPy's: checkpoints and JSON hold no others.
 
     Raises:
         TypeError: It is no integer.
@@ -17,15 +21,19 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise TypeError(f"{name} is {value!r}; an integer is needed")
     if value < least:
         raise ValueError(f"{name} is {value}; it must be at least {least}")
+    return int(value)
 
 
-def check_number(name: str, value: object, *, below: float = math.inf) -> None:
+def check_number(name: str, value: object, *, below: float = math.inf) -> int | float:
     """A finite number that is not negative.
 
     Args:
         name: Of the argument.
         value: What was given for it.
         below: What it must not reach.
+
+    Returns:
+        `value`, as Python's if it is one of NumPy's.
 
     Raises:
         TypeError: It is no number.
@@ -36,6 +44,12 @@ def check_number(name: str, value: object, *, below: float = math.inf) -> None:
     if not 0 <= value < below:
         upper = "finite" if below == math.inf else f"below {below:g}"
         raise ValueError(f"{name} is {value}; it must be {upper} and not negative")
+    return plain(value)
+
+
+def plain(value: object) -> object:
+    """A number of NumPy's as Python's; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_instance(name: str, value: object, kind: type | tuple[type, ...], needed: str) -> None:

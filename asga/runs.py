@@ -22,6 +22,7 @@ except ImportError:  # Windows
 
 # Version 1 had neither a name of the format nor a version in it, and no state of what takes a diverged training back.
 _FORMAT, _VERSION = "asga.checkpoint", 2
+_CHECKPOINT, _PREVIOUS, _STAGES = "checkpoint.pt", "checkpoint.previous.pt", "stages.json"
 
 
 class RunExistsError(ValueError):
@@ -59,9 +60,8 @@ class RunFolder:
             self._check_existing(config_path, command, options, resume)
         elif resume:
             raise FileNotFoundError(f"{self.path} holds no run to resume (config.json is missing)")
-        elif any(path.exists() for path in (self._checkpoint, self._previous, self._stages_path)):
-            raise RunExistsError(f"{self.path} holds a run whose config.json is missing; choose another folder")
         else:
+            _refuse_remains(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(
                 config_path,
@@ -173,11 +173,11 @@ class RunFolder:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
+        return self.path / _CHECKPOINT
 
     @property
     def _previous(self) -> Path:
-        return self.path / "checkpoint.previous.pt"
+        return self.path / _PREVIOUS
 
     @property
     def _metrics(self) -> Path:
@@ -185,7 +185,7 @@ class RunFolder:
 
     @property
     def _stages_path(self) -> Path:
-        return self.path / "stages.json"
+        return self.path / _STAGES
 
     def _newest_checkpoint(self) -> tuple[tuple[dict[str, object], int] | None, list[tuple[Path, str]]]:
         """State and size of the metrics of the newest checkpoint that can be read; newer ones, and why they cannot be.
@@ -246,7 +246,8 @@ def open_folder(folder: RunFolder | str | os.PathLike | None, command: str) -> R
     """The run folder at a path, new or with a run of this command to go on with; what is one already, or None, stays.
 
     Raises:
-        RunExistsError: The folder holds a run of another command, or one that another process works on.
+        RunExistsError: The folder holds a run of another command, one that another process works on, or what is left
+            of one without its configuration.
         ValueError: Its ``config.json`` cannot be read.
     """
     if folder is None:
@@ -258,7 +259,20 @@ def existing_folder(folder: RunFolder | str | os.PathLike | None, command: str) 
     """As `open_folder`, but None where there is no run yet: nothing is written."""
     if folder is None or isinstance(folder, RunFolder):
         return folder
-    return RunFolder(folder, command, {}, resume=True) if Path(folder, "config.json").exists() else None
+    if Path(folder, "config.json").exists():
+        return RunFolder(folder, command, {}, resume=True)
+    _refuse_remains(Path(folder))
+    return None
+
+
+def _refuse_remains(path: Path) -> None:
+    """Refuse a folder with what is left of a run.
+
+    Raises:
+        RunExistsError: It is.
+    """
+    if any((path / name).exists() for name in (_CHECKPOINT, _PREVIOUS, _STAGES)):
+        raise RunExistsError(f"{path} holds a run whose config.json is missing; choose another folder")
 
 
 class _DamagedError(ValueError):

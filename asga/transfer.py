@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from asga._checks import check_autocast, check_call, check_count, check_instance
 from asga.nn import calibrate, parameter_groups
 from asga.optim import ASGA
 from asga.optim.guarded import GuardedSGD
-from asga.optim.handed_on import check_optimizer_options
+from asga.optim.handed_on import check_optimizer_options, check_suits_model
 from asga.recovery import Recovery, halve_steps
 from asga.runs import RunFolder, existing_folder, open_folder
 from asga.steps import (
@@ -60,9 +60,9 @@ class TransferResult:
 class TransferTrainer:
     """Fine-tunes a quantized model on the target dataset, with the ASGA step.
 
-    Scales of activations are calibrated on a few batches, weights and scales trained, and the running statistics of
-    batch normalization measured anew at the end. A float model is trained just the same, there being nothing to
-    calibrate::
+    Scales of activations that are not set yet are calibrated on a few batches, weights and scales trained, and the
+    running statistics of batch normalization measured anew at the end. A float model is trained just the same, there
+    being nothing to calibrate::
 
         model = asga.quantize(float_model, policy)
         result = asga.TransferTrainer(model, epochs=3).fit(train_loader, val_loader)
@@ -120,20 +120,14 @@ class TransferTrainer:
         check_instance("model", model, nn.Module, "a torch.nn.Module")
         if method not in ("asga", "sgd"):
             raise ValueError(f"method is {method!r}; it must be 'asga' or 'sgd'")
-        named = {
-            "epochs": epochs,
-            "calibration_batches": calibration_batches,
-            "checkpoint_every": checkpoint_every,
-            "validate_every": validate_every,
-        }
-        for name, value in named.items():
-            check_count(name, value)
-        for name, value in {"warmup": warmup, "batchnorm_batches": batchnorm_batches}.items():
-            check_count(name, value, least=0)
-        for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
-            check_number(name, value)
-        check_number("momentum", momentum, below=1)
-        check_optimizer_options(
+        self.epochs, self.warmup = check_count("epochs", epochs), check_count("warmup", warmup, least=0)
+        self.calibration_batches = check_count("calibration_batches", calibration_batches)
+        self.batchnorm_batches = check_count("batchnorm_batches", batchnorm_batches, least=0)
+        self.validate_every = check_count("validate_every", validate_every)
+        self.checkpoint_every = check_count("checkpoint_every", checkpoint_every)
+        self.lr, self.weight_decay = check_number("lr", lr), check_number("weight_decay", weight_decay)
+        self.momentum = check_number("momentum", momentum, below=1)
+        self.optimizer_options = check_optimizer_options(
             method,
             {} if optimizer_options is None else optimizer_options,
             two_passes=method == "asga",
@@ -145,13 +139,8 @@ class TransferTrainer:
         check_call("progress", progress, or_none=True)
         check_instance("folder", folder, (RunFolder, str, os.PathLike, type(None)), "a path or a RunFolder, or None,")
         check_instance("stage", stage, str, "a name")
-        self.model, self.epochs, self.method = model, epochs, method
-        self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
-        self.optimizer_options = dict(optimizer_options or {})
-        self.calibration_batches, self.batchnorm_batches = calibration_batches, batchnorm_batches
-        self.validate_every = validate_every
-        self.loss_fn, self.autocast = loss_fn, autocast
-        self.checkpoint_every, self.folder, self.progress, self.stage = checkpoint_every, folder, progress, stage
+        self.model, self.method, self.loss_fn, self.autocast = model, method, loss_fn, autocast
+        self.folder, self.progress, self.stage = folder, progress, stage
 
     def fit(
         self,
@@ -162,22 +151,25 @@ class TransferTrainer:
 
         Args:
             train: Batches of the forms that `asga.evaluate` takes, with a length.
-            val: The same, for evaluation.
+            val: The same, for evaluation; it need not have a length, but is run through more than once.
 
         Raises:
             TrainingError: The loss is not finite, or the data do not fit the model.
-            TypeError: A batch has another form.
-            ValueError: A loader is empty or has no length, or `folder` holds another training. Nothing has been
-                changed.
+            TypeError: A batch has another form, or `val` is no loader.
+            ValueError: A loader is empty, `train` has no length, `val` is an iterator, `optimizer_options` do not suit
+                the model, or `folder` holds another training. Nothing has been changed.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the training.
         """
         batches, setting = count_batches(train), setting_of(self, _SETTING)
         steps = self.epochs * batches
+        if val is not None:
+            _check_val(val)
+        check_suits_model(self.optimizer_options, self.model)
         folder = existing_folder(self.folder, "transfer")
         if folder is not None:
             length = {"epochs": self.epochs, "steps": batches}
             folder.check_checkpoint(partial(check_resumable, stage=self.stage, **length, setting=setting))
-        calibrate(self.model, first_batches(train, self.calibration_batches))
+        calibrate(self.model, first_batches(train, self.calibration_batches), again=False)
         self.model.train()
         groups = parameter_groups(self.model, weight_decay=self.weight_decay, lr=self.lr)
         sgd = {"momentum": self.momentum, "nesterov": self.momentum > 0}
@@ -211,7 +203,7 @@ class TransferTrainer:
             {**parts, "scheduler": scheduler},
             recovery=Recovery(parts, halve_steps(optimizer, scheduler), steps),
             checkpoint_every=self.checkpoint_every,
-            folder=open_folder(self.folder, "transfer"),
+            folder=open_folder(self.folder, "transfer"),  # after what may fail, so that nothing is written then
             progress=self.progress,
             setting=setting,
         )
@@ -225,3 +217,24 @@ class TransferTrainer:
         """Running statistics of the final weights: those of training lag behind by a momentum of 0.1 a step."""
         batches = itertools.islice(finite_batches(batches_from(train, self.epochs)), self.batchnorm_batches)
         measure_batchnorm(self.model, batches, autocast=self.autocast)
+
+
+def _check_val(val: object) -> None:
+    """Refuse what could not be evaluated on after every epoch.
+
+    Raises:
+        TypeError: It cannot be iterated over.
+        ValueError: It is empty, or can be run through only once.
+    """
+    if not isinstance(val, Iterable):
+        raise TypeError(f"val is {val!r}; a loader of batches, or None, is needed")
+    if isinstance(val, Iterator):
+        raise ValueError(
+            f"val is a {type(val).__name__}, which can be run through only once; a list or a loader is needed"
+        )
+    try:
+        empty = len(val) == 0
+    except TypeError:  # of a DataLoader over a dataset without a length
+        empty = False
+    if empty:
+        raise ValueError("val is empty: there is nothing to evaluate; None leaves the evaluation out")

@@ -10,7 +10,9 @@ from asga._checks import check_autocast, check_call, check_count, check_instance
 class TestCount:
     @pytest.mark.parametrize("value", [1, 7, np.int64(3)])
     def test_integers_pass(self, value):
-        check_count("epochs", value)
+        found = check_count("epochs", value)
+        assert found == value
+        assert type(found) is int
 
     @pytest.mark.parametrize("value", [1.0, "1", None, True])
     def test_other_types(self, value):
@@ -39,7 +41,9 @@ class TestCall:
 class TestNumber:
     @pytest.mark.parametrize("value", [0, 0.5, np.float32(0.1), 10**9])
     def test_numbers_pass(self, value):
-        check_number("lr", value)
+        found = check_number("lr", value)
+        assert found == value
+        assert type(found) in (int, float)
 
     @pytest.mark.parametrize("value", ["0.1", None, True, torch.tensor(0.1)])
     def test_other_types(self, value):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import asga
 from asga.convert import find_quantizable
 from asga.policy import LayerPolicy, Policy
-from asga.runs import RunFolder
+from asga.runs import RunExistsError, RunFolder
 from asga.search.costs import policy_costs
 from asga.search.profiles import profile_layers
 from asga.steps import TrainingError, evaluate
@@ -240,7 +240,7 @@ class TestNotFinite:
             {"loss_fn": nn.CrossEntropyLoss()},
             {"loss_fn": partial(functional.nll_loss, reduction="sum")},
         ],
-        ids=str,
+        ids=["lr", "rho_max", "method", "module as loss", "partial as loss"],
     )
     def test_goes_on_with_the_same_options_only(self, tiny_net, labeled_batches, tmp_path, changed):
         options = {"epochs": 2, "folder": tmp_path / "run", "checkpoint_every": 2}
@@ -276,6 +276,50 @@ class TestNotFinite:
         assert bits_of(model.state_dict()) == before
         assert not model.training
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
+
+    @pytest.mark.parametrize(
+        ("val", "error", "message"),
+        [
+            ([], ValueError, "val is empty: there is nothing to evaluate"),
+            (iter(()), ValueError, "val is a tuple_iterator, which can be run through only once"),
+            (5, TypeError, "val is 5; a loader of batches, or None, is needed"),
+        ],
+        ids=["empty", "iterator", "no loader"],
+    )
+    def test_what_cannot_be_evaluated_on_changes_nothing(
+        self, tiny_net, labeled_batches, tmp_path, bits_of, val, error, message
+    ):
+        model = quantized(tiny_net()).eval()
+        before = bits_of(model.state_dict())
+        with pytest.raises(error, match=message):
+            TransferTrainer(model, epochs=1, folder=tmp_path / "run").fit(labeled_batches(), val)
+        assert bits_of(model.state_dict()) == before
+        assert not model.training
+        assert not (tmp_path / "run").exists()
+
+    def test_what_is_left_of_a_run_changes_nothing(self, tiny_net, labeled_batches, tmp_path, bits_of):
+        (tmp_path / "checkpoint.pt").write_bytes(b"")
+        model = quantized(tiny_net())
+        before = bits_of(model.state_dict())
+        with pytest.raises(RunExistsError, match=r"a run whose config\.json is missing"):
+            TransferTrainer(model, epochs=1, folder=tmp_path).fit(labeled_batches())
+        assert bits_of(model.state_dict()) == before
+
+    def test_a_float_model_has_no_quantized_weights_to_perturb(self, tiny_net, labeled_batches):
+        model = tiny_net().eval()
+        with pytest.raises(ValueError, match="perturb 'quantized', but the model has no quantized weight"):
+            TransferTrainer(model, epochs=1, optimizer_options={"perturb": "quantized"}).fit(labeled_batches())
+        assert not model.training
+
+    def test_scales_that_are_set_are_kept(self, tiny_net, labeled_batches):
+        """What was trained is trained on."""
+        model = quantized(tiny_net())
+        asga.calibrate(model, labeled_batches(1))
+        with torch.no_grad():
+            model.conv2.act_quantizer.scale.mul_(1.5)
+        before = model.conv2.act_quantizer.scale.item()
+        TransferTrainer(model, epochs=1, lr=0.0).fit(labeled_batches())
+        assert model.conv2.act_quantizer.scale.item() == before
 
     def test_data_that_do_not_fit_leave_no_folder(self, tiny_net, labeled_batches, tmp_path):
         trainer = TransferTrainer(quantized(tiny_net()), epochs=1, folder=tmp_path / "run")
@@ -428,10 +472,6 @@ class TestBadData:
     def test_loader(self, tiny_net, loader, message):
         with pytest.raises(ValueError, match=message):
             TransferTrainer(tiny_net(), epochs=1).fit(loader)
-
-    def test_empty_validation(self, tiny_net, labeled_batches):
-        with pytest.raises(ValueError, match="batches is empty"):
-            TransferTrainer(tiny_net(), epochs=1).fit(labeled_batches(1), [])
 
     def test_odd_batches(self, tiny_net):
         with pytest.raises(TypeError, match="a batch is a dict of 'x': Tensor, 'y': Tensor"):

@@ -4,7 +4,7 @@ At two or three bits, a perturbation of a latent weight mostly vanishes under ro
 taken where it acts, at the quantized weight, and in pass 2 the perturbation is added behind the quantizer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ from asga.nn.quantizer import Quantizer
 from asga.optim._ranks import Ranks
 
 _EAGER = "the model must run in eager mode, and what is compiled or traced before the optimizer is built does not"
+
+
+def quantized_layers(model: nn.Module) -> Iterator[QuantizedLayer]:
+    """The layers whose weights are quantized."""
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer) and isinstance(layer.weight_quantizer, Quantizer):
+            yield layer
 
 
 class QuantizedWeights:
@@ -32,9 +39,7 @@ class QuantizedWeights:
     def __init__(self, model: nn.Module, rho_scale_of: dict[Tensor, float]) -> None:
         self._scales: dict[nn.Module, float] = {}
         self.latent: set[Tensor] = set()
-        for layer in model.modules():
-            if not isinstance(layer, QuantizedLayer) or not isinstance(layer.weight_quantizer, Quantizer):
-                continue
+        for layer in quantized_layers(model):
             if layer.weight in rho_scale_of and layer.weight_quantizer not in self._scales:  # tied layers share it
                 self._scales[layer.weight_quantizer] = rho_scale_of[layer.weight]
                 self.latent.add(layer.weight)

@@ -6,6 +6,8 @@ from inspect import signature
 import torch
 from torch import nn
 
+from asga._checks import plain
+from asga.optim._quantized import quantized_layers
 from asga.optim.asga import ASGA
 from asga.optim.guarded import GuardedSGD
 from asga.policy import did_you_mean
@@ -13,7 +15,7 @@ from asga.policy import did_you_mean
 
 def check_optimizer_options(
     method: str, options: Mapping[str, object], *, two_passes: bool, momentum: float, lr: float
-) -> None:
+) -> dict[str, object]:
     """Refuse what the optimizer of a method would refuse, before a trainer changes anything.
 
     Args:
@@ -22,6 +24,9 @@ def check_optimizer_options(
         two_passes: Whether it is `ASGA`.
         momentum: An argument of the trainer, like `lr`.
         lr: Likewise.
+
+    Returns:
+        The options; numbers of NumPy's as Python's.
 
     Raises:
         TypeError: `options` is no mapping, or a value is of another type.
@@ -39,10 +44,28 @@ def check_optimizer_options(
             hint = did_you_mean(name, known) or f"; those are {', '.join(sorted(known))}"
             raise ValueError(f"optimizer_options has {name!r}, which is no option of method {method!r}{hint}")
     # Its own checks see the values. What it needs the model for has to wait for that.
+    options = {name: plain(value) for name, value in options.items()}
     values = {name: value for name, value in options.items() if (name, value) != ("perturb", "quantized")}
+    if len(values) < len(options) and values.get("adaptive"):
+        raise ValueError("optimizer_options has perturb 'quantized' and adaptive; give one of them")
     sgd = {"lr": lr, "momentum": momentum, "nesterov": momentum > 0}
     stand_in = nn.utils.skip_init(nn.Linear, 1, 1)  # draws no random numbers
     if two_passes:
         ASGA(stand_in.parameters(), torch.optim.SGD, **sgd, **values)
     else:
         GuardedSGD(stand_in.parameters(), model=stand_in, **sgd, **values)
+    return options
+
+
+def check_suits_model(options: Mapping[str, object], model: nn.Module) -> None:
+    """Refuse options that need of a model what it has not.
+
+    Args:
+        options: From `check_optimizer_options`.
+        model: That will be trained.
+
+    Raises:
+        ValueError: Quantized weights are to be perturbed, and there are none.
+    """
+    if options.get("perturb") == "quantized" and not any(quantized_layers(model)):
+        raise ValueError("optimizer_options has perturb 'quantized', but the model has no quantized weight")

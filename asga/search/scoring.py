@@ -82,7 +82,7 @@ class Scorer:
         return self._mixed is None
 
     def _measurable(self, batches: Sequence[tuple[Inputs, Tensor]]) -> Sequence[tuple[Inputs, Tensor]]:
-        losses = [evaluate(self._options.model, [batch], **self._loss).loss for batch in batches]
+        losses = [self._options.float_loss(batch) for batch in batches]
         found = [batch for batch, loss in zip(batches, losses, strict=True) if math.isfinite(loss)]
         if not found:
             raise TrainingError(

@@ -1,22 +1,26 @@
 """The search: bit-widths as probabilities, trained with the weights on a small dataset within a budget."""
 
+import json
 import os
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from asga._batches import Batch, first_sample, to_device
+from asga._batches import Batch, Inputs, first_sample, to_device
 from asga._checks import check_autocast, check_call, check_count, check_instance, check_number
 from asga._extras import require
 from asga.convert import check_float, prepare
 from asga.nn import calibrate
 from asga.nn.quantizable import second_names, unwrapped
 from asga.optim.handed_on import check_optimizer_options
-from asga.policy import LayerPolicy, Policy, WeightBits
+from asga.policy import LayerPolicy, Policy, WeightBits, check_is_policy, plain_json
 from asga.runs import RunFolder, open_folder
 from asga.search.baselines import uniform_pairs
 from asga.search.budget import Budget, check_budget
@@ -25,7 +29,7 @@ from asga.search.costs import cost_tables
 from asga.search.held_out import split_loader
 from asga.search.latency import LatencyTable
 from asga.search.methods import METHODS, SGD, TRAINED
-from asga.search.profiles import ExampleInputs, LayerProfile, profile_layers
+from asga.search.profiles import ExampleInputs, LayerProfile, left_as_found, profile_layers, run_once
 from asga.search.relaxation import check_relaxation
 from asga.search.result import SearchResult
 from asga.search.scoring import Scorer
@@ -35,7 +39,7 @@ from asga.search.space import SearchSpace
 from asga.search.trained import Search
 from asga.search.untrained import score_candidates
 from asga.search.watches import ClassWatch
-from asga.steps import LossFunction, TrainingError
+from asga.steps import LossFunction, TrainingError, evaluate
 from asga.training import CHECKPOINT_EVERY, Progress, Stage, count_batches, first_batches, setting_of
 
 # Options that a search that goes on must have in common with the one that was interrupted, beside its candidates.
@@ -146,24 +150,20 @@ class PolicySearcher:
         if method not in METHODS:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(map(repr, METHODS))}")
         check_relaxation(relaxation)
-        counts = {
-            "epochs": epochs,
-            "calibration_batches": calibration_batches,
-            "measure_batches": measure_batches,
-            "checkpoint_every": checkpoint_every,
-        }
-        for name, value in counts.items():
-            check_count(name, value)
-        check_count("warmup", warmup, least=0)
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "logit_lr": logit_lr}.items():
-            check_number(name, value)
-        check_number("momentum", momentum, below=1)
-        _check_temperature(temperature)
+        self.epochs, self.warmup = check_count("epochs", epochs), check_count("warmup", warmup, least=0)
+        self.calibration_batches = check_count("calibration_batches", calibration_batches)
+        self.measure_batches = check_count("measure_batches", measure_batches)
+        self.checkpoint_every = check_count("checkpoint_every", checkpoint_every)
+        self.lr, self.logit_lr = check_number("lr", lr), check_number("logit_lr", logit_lr)
+        self.weight_decay = check_number("weight_decay", weight_decay)
+        self.momentum = check_number("momentum", momentum, below=1)
+        self.temperature = _check_temperature(temperature)
+        self.held_out = held_out
         if held_out is not None:
-            check_number("held_out", held_out, below=1)
+            self.held_out = check_number("held_out", held_out, below=1)
             if held_out == 0:
                 raise ValueError("held_out is 0; it must lie between 0 and 1, or be None")
-        check_optimizer_options(
+        self.optimizer_options = check_optimizer_options(
             method,
             {} if optimizer_options is None else optimizer_options,
             two_passes=method != SGD,
@@ -178,21 +178,17 @@ class PolicySearcher:
         check_instance("stage", stage, str, "a name")
         check_instance("folder", folder, (RunFolder, str, os.PathLike, type(None)), "a path or a RunFolder, or None,")
         check_instance("meta", meta, (Mapping, type(None)), "a mapping")
+        plain_json(dict(meta or {}))  # refuses what the policy could not be saved with, before anything is trained
         self.space = space if space is not None else SearchSpace()
         model = unwrapped(model)
         check_float(model)
         # Rules for groups run the model; without `example_inputs` they wait for the loader.
         waits = self.space.runs_the_model and example_inputs is None
         self.choices = None if waits else self.space.choices(model, _beside(model, example_inputs))
-        self.model, self.budget, self.epochs, self.method = model, budget, epochs, method
-        self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
-        self.logit_lr, self.temperature, self.relaxation = logit_lr, temperature, relaxation
-        self.held_out = held_out
-        self.optimizer_options = dict(optimizer_options or {})
-        self.calibration_batches, self.measure_batches = calibration_batches, measure_batches
+        self.model, self.budget, self.method, self.relaxation = model, budget, method, relaxation
         self.example_inputs, self.latency_table = example_inputs, latency_table
         self.loss_fn, self.autocast = loss_fn, autocast
-        self.checkpoint_every, self.folder, self.progress, self.stage = checkpoint_every, folder, progress, stage
+        self.folder, self.progress, self.stage = folder, progress, stage
         self.meta = ({} if self.space.target == "any" else {"deployment_target": self.space.target}) | dict(meta or {})
 
     def fit(self, loader: Iterable[Batch]) -> SearchResult:
@@ -227,7 +223,7 @@ class PolicySearcher:
                 checkpoint_every=self.checkpoint_every,
                 folder=self.folder,
                 progress=self.progress,
-                setting=self._setting(),
+                setting=self._setting(search.profiles),
             )
             history = stage.run(search.loader, search.step, search.end_epoch)
             search.relaxation.remove()
@@ -240,7 +236,7 @@ class PolicySearcher:
         uniform = self._uniform(profiles)
         scorer = Scorer(self, mixed, profiles, loader)
         if self.method not in TRAINED:
-            seen = ClassWatch(len(scorer.batches))
+            seen = ClassWatch(len(scorer.batches), f"the first {len(scorer.batches)} batches of the proxy have")
             for _, labels in scorer.batches:
                 seen.see(labels)
             started = time.perf_counter()
@@ -274,9 +270,11 @@ class PolicySearcher:
             loader: As for `fit`.
 
         Raises:
-            InfeasibleBudgetError, ImportError, TrainingError, TypeError: As `fit` does.
+            InfeasibleBudgetError, ImportError, TrainingError: As `fit` does.
+            TypeError: As `fit` does, or `policy` is no `Policy`.
             ValueError: As `fit` does, or the policy is not about the layers of the model.
         """
+        check_is_policy(policy)
         profiles, _ = self.check(loader)
         policy.check_against(self.choices.names, second_names(self.model))
         return _compared(policy, self._uniform(profiles), Scorer(self, None, profiles, loader))
@@ -286,10 +284,14 @@ class PolicySearcher:
         limits = self.budget.limits(profiles, self.choices)
         return {pair: self.choices.uniform(*pair) for pair in uniform_pairs(profiles, self.choices, limits)}
 
-    def _setting(self) -> dict[str, str]:
+    def _setting(self, profiles: Mapping[str, LayerProfile]) -> dict[str, str]:
         """What a search that goes on must have in common with the one that was interrupted."""
+        # Words such as w4a4 stay the same where costs change, with the resolution or a latency table.
+        costs = json.dumps([asdict(profile) for profile in profiles.values()])
         return {
             **setting_of(self, _SETTING),
+            "limits": str(self.budget.limits(profiles, self.choices)),
+            "costs of the layers": f"of checksum {zlib.crc32(costs.encode()):08x}",
             "groups": str([(group.layers, group.sides) for group in self.choices.groups]),
             **{
                 f"candidates of {name}": f"{layer.weight_bits} x {layer.act_bits}"
@@ -331,10 +333,8 @@ class PolicySearcher:
         require("scipy.optimize", "search")  # the last step needs it; it would be a pity to learn it then
         count_batches(loader)
         _check_classes(loader)
-        example = self.example_inputs
-        if example is None:
-            example = first_sample(first_batches(loader, 1)[0][0])
-        example = _beside(self.model, example)
+        batch = first_batches(loader, 1)[0]
+        example = self._example(batch[0])
         if self.choices is None:
             self.choices = self.space.choices(self.model, example)
         profiles = profile_layers(self.model, example, self.choices.names, unused=self.choices.excluded)
@@ -344,12 +344,28 @@ class PolicySearcher:
         check_feasible(cost_tables(profiles, self.choices), limits, groups=self.choices.groups)
         if self.held_out is not None:
             split_loader(loader, self.held_out)
+        self.float_loss(batch)
         return profiles, limits
+
+    def float_loss(self, batch: tuple[Inputs, Tensor]) -> float:
+        """The loss of the float model on a batch, in eval mode; the model is left as it was.
+
+        Raises:
+            TrainingError: The data do not fit the model.
+        """
+        with left_as_found(self.model, batch[0]):
+            return evaluate(self.model, [batch], loss_fn=self.loss_fn, autocast=self.autocast).loss
+
+    def _example(self, inputs: Inputs) -> Inputs:
+        """What costs are for: `example_inputs`, or else the first sample of a batch."""
+        return _beside(self.model, first_sample(inputs) if self.example_inputs is None else self.example_inputs)
 
     def _mixture(self, loader: Iterable[Batch]) -> nn.Module:
         """A copy of the model with all candidates in it, calibrated."""
         mixed = prepare(self.model, self.choices)
-        calibrate(mixed, first_batches(loader, self.calibration_batches))
+        batches = first_batches(loader, self.calibration_batches)
+        calibrate(mixed, batches)
+        _check_called(mixed, self._example(batches[0][0]), self.choices.layers)
         return mixed
 
 
@@ -357,6 +373,33 @@ def _beside(model: nn.Module, inputs: ExampleInputs | None) -> ExampleInputs | N
     """Inputs on the device of the model."""
     parameter = next(model.parameters(), None)
     return inputs if inputs is None or parameter is None else to_device(inputs, parameter.device)
+
+
+def _check_called(mixed: nn.Module, example: Inputs, names: Iterable[str]) -> None:
+    """Refuse a model that goes on calling its float layers; all of these were called before it was converted.
+
+    Raises:
+        ValueError: It does.
+    """
+    called: set[str] = set()
+    handles = []
+    for name in names:
+        layer = mixed.get_submodule(name)
+        # Not the layer itself, which has its hooks in common with the float one.
+        handles += [
+            quantizer.register_forward_hook(lambda *_, name=name: called.add(name))
+            for quantizer in (layer.weight_quantizer, layer.act_quantizer)
+        ]
+    try:
+        run_once(mixed, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missed := [name for name in names if name not in called]:
+        raise ValueError(
+            f"quantized layers are never called in place of {', '.join(map(repr, missed))}: the model keeps its layers "
+            f"elsewhere than in its modules, too, such as in a plain list, and calls them from there; use nn.ModuleList"
+        )
 
 
 def _compared(
@@ -372,19 +415,25 @@ def _compared(
     return UniformComparison(found, {name: score for name, score in scores.items() if score.finite}, scorer.tunes)
 
 
-def _check_temperature(temperature: tuple[float, float]) -> None:
+def _check_temperature(temperature: tuple[float, float]) -> tuple[float, float]:
     if isinstance(temperature, str) or not isinstance(temperature, Sequence) or len(temperature) != 2:
         raise TypeError(f"temperature is {temperature!r}; a pair is needed, that at the start and that at the end")
-    for k, value in enumerate(temperature):
-        check_number(f"temperature[{k}]", value)
+    temperature = tuple(check_number(f"temperature[{k}]", value) for k, value in enumerate(temperature))
     if not temperature[0] >= temperature[1] > 0:
         raise ValueError(f"temperature is {temperature}; it must fall and stay above zero")
+    return temperature
 
 
 def _check_classes(loader: Iterable[Batch]) -> None:
-    """Refuse a proxy of one class, where the dataset tells: `labels` as ours, `targets` as torchvision's."""
+    """Refuse a proxy of one class, where the dataset tells: `labels` as ours, `targets` as torchvision's.
+
+    Anything there but a class for every sample, a number or a word, says nothing and passes.
+    """
     dataset = getattr(loader, "dataset", None)
     for attribute in ("labels", "targets"):
         labels = getattr(dataset, attribute, None)
-        if labels is not None and len(set(labels.tolist() if isinstance(labels, Tensor) else labels)) < 2:
+        labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else labels
+        if not isinstance(labels, Sequence) or not all(isinstance(label, int | str) for label in labels):
+            continue
+        if len(labels) == len(dataset) > 0 and len(set(labels)) < 2:
             raise ValueError("the proxy has a single class: every policy would look perfect on it")

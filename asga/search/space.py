@@ -1,7 +1,7 @@
 """The search space: which bit-widths each layer of a model may have."""
 
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from fnmatch import fnmatchcase
 
@@ -10,7 +10,7 @@ from torch import nn
 from asga.nn.quantizable import find_quantizable, second_names, tied_layers, unwrapped
 from asga.ops.functional import MAX_CANDIDATES
 from asga.policy import LayerPolicy, Policy, WeightBits, bit_width, check_bits, check_weight_bits, did_you_mean
-from asga.search.groups import RULES, SIDES, Group, find_groups, joined
+from asga.search.groups import RULES, SIDES, Group, find_groups, is_names, joined
 from asga.search.profiles import ExampleInputs
 from asga.targets import check_target, find_target
 
@@ -132,8 +132,9 @@ class SearchSpace:
         weight_bits: Candidates for the weights: 2 to 8, ``"fp4"``, ``"fp8"``; kept in ascending order of their bits.
         act_bits: Candidates for the inputs of the layers, 2 to 8; None leaves the inputs float.
         first_last: Bits of the model's first and last quantizable layer, in registration order, unless
-            `pinned` says otherwise: an integer for weight and input, a pair ``(weight_bits, act_bits)`` (the latter
-            None for a float input), or None to search them like the others. 8 bits are customary: Esser et al.,
+            `pinned` says otherwise: an integer for weight and input (weight alone if `act_bits` is None), a pair
+            ``(weight_bits, act_bits)`` (the latter None for a float input), or None to search them like the others. 8
+            bits are customary: Esser et al.,
             "Learned Step Size Quantization", ICLR 2020.
         pinned: Bits by pattern, an integer or a pair, of layers that are quantized but not searched.
         exclude: Patterns of layers that stay float.
@@ -178,11 +179,13 @@ class SearchSpace:
                     )
                 act_bits = integers
         find_target(self.target)
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+        if not is_names(self.exclude):
             raise TypeError(f"exclude is {self.exclude!r}; a sequence of name patterns is needed")
-        if not isinstance(self.pinned, Mapping):
+        if not isinstance(self.pinned, Mapping) or not is_names(self.pinned):
             raise TypeError(f"pinned is {self.pinned!r}; bits by pattern are needed, such as {{'conv1': 8}}")
         first_last = None if self.first_last is None else _pair("first_last", self.first_last)
+        if act_bits is None and isinstance(self.first_last, numbers.Integral):
+            first_last = (first_last[0], None)
         pinned = {pattern: _pair(f"pinned[{pattern!r}]", pin) for pattern, pin in self.pinned.items()}
         # The dataclass is frozen: values in their canonical form can only be put in place this way.
         object.__setattr__(self, "weight_bits", _candidates("weight_bits", weight_bits, check_weight_bits))
@@ -308,7 +311,7 @@ def _pair(name: str, pin: Pin) -> tuple[WeightBits, int | None]:
 
 
 def _groups(groups: Sequence[str | Group | Sequence[str]]) -> tuple[str | Group, ...]:
-    if isinstance(groups, str):
+    if isinstance(groups, str) or not isinstance(groups, Collection):
         raise TypeError(f"groups is {groups!r}; a sequence of rules or groups is needed, such as ({groups!r},)")
     checked = []
     for group in groups:

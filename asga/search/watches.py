@@ -14,10 +14,11 @@ class ClassWatch:
 
     Args:
         batches: How many must come before it gives up: those of an epoch, as some loaders are sorted by class.
+        whose: Who has the labels, for the message.
     """
 
-    def __init__(self, batches: int) -> None:
-        self._left = batches
+    def __init__(self, batches: int, whose: str = "the proxy has") -> None:
+        self._left, self._whose = batches, whose
         self._label: Tensor | None = None
 
     def see(self, labels: Tensor) -> None:
@@ -35,8 +36,8 @@ class ClassWatch:
             self._left = 0
         elif self._left == 0:
             raise ValueError(
-                f"the proxy has a single class: every policy would look perfect on it. All labels are "
-                f"{self._label.item()}"
+                f"{self._whose} a single class: every policy would look perfect on it. All labels are "
+                f"{self._label.item()}; a loader that is sorted by class must be shuffled"
             )
 
 

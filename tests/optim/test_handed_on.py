@@ -1,14 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from asga.optim.handed_on import check_optimizer_options
+from asga.nn import QuantLinear
+from asga.optim.handed_on import check_optimizer_options, check_suits_model
 
 
 def check(options, method: str = "asga", **changes):
     given = {"two_passes": method == "asga", "momentum": 0.9, "lr": 0.1, **changes}
-    check_optimizer_options(method, options, **given)
+    return check_optimizer_options(method, options, **given)
 
 
 @pytest.mark.parametrize(
@@ -24,8 +27,7 @@ def check(options, method: str = "asga", **changes):
 )
 def test_accepts_options_of_the_optimizer(options, method):
     before, random = dict(options), torch.get_rng_state()
-    check(options, method)
-    assert options == before
+    assert check(options, method) == options == before
     assert torch.get_rng_state().equal(random)
 
 
@@ -45,6 +47,7 @@ def test_accepts_options_of_the_optimizer(options, method):
         ({"perturb": "weights"}, "asga", "perturb is 'weights'; it must be one of"),
         ({"dampening": 0.1}, "sgd", "Nesterov"),
         ({"maximize": True}, "asga", "maximize is True"),
+        ({"perturb": "quantized", "adaptive": True}, "asga", "perturb 'quantized' and adaptive; give one of them"),
     ],
     ids=str,
 )
@@ -61,3 +64,15 @@ def test_no_mapping(options):
 
 def test_without_momentum_there_is_no_nesterov_to_refuse_dampening():
     check({"dampening": 0.1}, "sgd", momentum=0.0)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    assert type(check({"rho_max": np.float64(0.2)})["rho_max"]) is float
+
+
+def test_quantized_weights_must_be_there_to_be_perturbed():
+    options = {"perturb": "quantized"}
+    check_suits_model(options, QuantLinear(2, 2, weight_bits=4, act_bits=4))
+    check_suits_model({}, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="perturb 'quantized', but the model has no quantized weight"):
+        check_suits_model(options, nn.Linear(2, 2))

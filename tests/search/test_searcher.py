@@ -4,7 +4,9 @@ import math
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -671,6 +673,74 @@ class TestBadInput:
         assert result.policy["spare"] == LayerPolicy(None, None)
         assert result.profiles["spare"].macs == 0
 
+    @pytest.mark.parametrize("meta", [{"path": Path("x")}, {"loss": math.nan}], ids=str)
+    def test_meta_that_no_policy_could_be_saved_with(self, tiny_net, meta):
+        with pytest.raises((TypeError, ValueError), match="meta cannot be kept as JSON"):
+            PolicySearcher(tiny_net(), budget=W4A4, meta=meta)
+
+    def test_a_model_that_cannot_be_evaluated(self, tiny_net, labeled_batches, tmp_path):
+        """It is known before the search, not after it."""
+
+        class Detector(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = tiny_net()
+
+            def forward(self, x):
+                return self.net(x) if self.training else {"boxes": self.net(x)}
+
+        with pytest.raises(TrainingError, match="the model gives a dict"):
+            search(Detector(), labeled_batches(), progress=pytest.fail, folder=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_layers_that_are_called_from_a_plain_list(self, labeled_batches):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.convs = [nn.Conv2d(1, 1, 3, padding=1) for _ in range(3)]
+                for k, conv in enumerate(self.convs):
+                    self.add_module(f"conv{k}", conv)
+
+            def forward(self, x):
+                for conv in self.convs:
+                    x = conv(x)
+                return x.mean(2)[:, 0]
+
+        with (
+            pytest.warns(UserWarning, match="no calibration batch reached"),
+            pytest.raises(ValueError, match=r"never called in place of 'conv0', .* use nn\.ModuleList"),
+        ):
+            search(Net(), labeled_batches(), progress=pytest.fail)
+
+    def test_the_model_is_left_as_it_was(self, tiny_net, labeled_batches):
+        """A norm that is frozen stays so, and what counts the calls does not see those of the search."""
+
+        class Counting(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net, self.norm = tiny_net(), nn.BatchNorm1d(3)
+                self.register_buffer("calls", torch.zeros(()))
+
+            def forward(self, x):
+                self.calls += 1
+                return self.norm(self.net(x))
+
+        model = Counting().train()
+        model.norm.eval()
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        search(model, labeled_batches())
+        assert (model.training, model.norm.training) == (True, False)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+    def test_numbers_of_numpy(self, tiny_net, labeled_batches, tmp_path):
+        counts = dict.fromkeys(("epochs", "calibration_batches", "measure_batches", "checkpoint_every"), np.int64(1))
+        numbers = {"lr": np.float64(0.01), "logit_lr": np.float32(0.03), "weight_decay": np.float64(0.0)}
+        others = {"momentum": np.float32(0.9), "warmup": np.int32(2), "temperature": np.array([1.0, 0.5])}
+        options = {**counts, **numbers, **others, "optimizer_options": {"rho_max": np.float64(0.2)}}
+        options["temperature"] = tuple(options["temperature"])
+        search(tiny_net(), labeled_batches(2), folder=tmp_path / "run", **options)
+        search(tiny_net(), labeled_batches(2), folder=tmp_path / "run", progress=pytest.fail, **options)
+
     @pytest.mark.parametrize(("loader", "message"), [([], "loader is empty"), (iter([]), "without a length")])
     def test_loader(self, tiny_net, loader, message):
         with pytest.raises(ValueError, match=message):
@@ -736,13 +806,21 @@ class TestBadInput:
         assert result.profiles["twice"].macs == 2 * 8 * 8 * 4 * 4 * 9
         assert result.cost_shares(result.policy)["bitops"] <= 1
 
+    @pytest.mark.parametrize("targets", [torch.ones(8, 3), ["defect"], len, [{"boxes": 1}] * 8], ids=str)
+    def test_what_a_dataset_says_that_is_no_class_of_every_sample(self, tiny_net, labeled_batches, targets):
+        (images, labels), *_ = labeled_batches(1)
+        dataset = TensorDataset(images, labels)
+        dataset.targets = targets
+        search(tiny_net(), DataLoader(dataset, batch_size=4), method="sensitivity")
+
     @pytest.mark.parametrize("shuffle", [False, True])
     def test_single_class_in_the_batches_alone(self, tiny_net, shuffle):
         loader = DataLoader(
             TensorDataset(torch.randn(8, 1, 8, 8), torch.ones(8, dtype=torch.int64)), batch_size=4, shuffle=shuffle
         )
         for method in ("asga", "sensitivity"):
-            with pytest.raises(ValueError, match=r"the proxy has a single class.* All labels are 1"):
+            whose = "the proxy has" if method == "asga" else "the first 2 batches of the proxy have"
+            with pytest.raises(ValueError, match=rf"{whose} a single class.* All labels are 1"):
                 search(tiny_net(), loader, epochs=3, method=method)
 
     def test_loaders_sorted_by_class(self, tiny_net):
@@ -878,12 +956,11 @@ class TestResume:
         result = search(
             tiny_net(),
             loader,
-            budget=Budget(bitops="w3a3", size="w3"),
             epochs=3,
             method=method,
             folder=folder,
             progress=progress,
-            **options,
+            **{"budget": Budget(bitops="w3a3", size="w3"), **options},
         )
         return result, len(steps)
 
@@ -950,6 +1027,23 @@ class TestResume:
         with pytest.raises(ValueError, match=message):
             self._search(tiny_net, labeled_batches(), tmp_path, method, resume=True, **options)
         assert run_contents(tmp_path) == before
+
+    @pytest.mark.parametrize("changed", ["limits", "costs of the layers"])
+    def test_other_costs_are_refused(self, tiny_net, labeled_batches, tmp_path, method, changed):
+        """The same words may stand for them: they count what the table and the resolution say."""
+        names, bits = SearchSpace().choices(tiny_net()).names, (2, 3, 4, 6, 8)
+
+        def options(conv2: int, conv3: int) -> dict:
+            factor = {"conv2": conv2, "conv3": conv3}
+            times = {(name, w, a): 1000 * factor.get(name, 1) * w * a for name in names for w in bits for a in bits}
+            return {"budget": Budget(latency="w4a4"), "latency_table": LatencyTable(times)}
+
+        with pytest.raises(KeyboardInterrupt):
+            self._search(tiny_net, labeled_batches(), tmp_path, method, at=9, end=_interrupt, **options(1, 2))
+        other = options(2, 2) if changed == "limits" else options(2, 1)
+        with pytest.raises(ValueError, match=f"was made with {changed}"):
+            self._search(tiny_net, labeled_batches(), tmp_path, method, resume=True, **other)
+        self._search(tiny_net, labeled_batches(), tmp_path, method, resume=True, **options(1, 2))
 
     @pytest.mark.parametrize(("at", "end"), [(2, _interrupt), (9, _interrupt), (8, _kill)])
     def test_with_noise_and_batches_held_out(self, tiny_net, labeled_batches, tmp_path, run_contents, method, at, end):

@@ -31,6 +31,10 @@ class TestSearchSpace:
         assert SearchSpace().weight_bits == SearchSpace().act_bits == (2, 3, 4, 6, 8)
         assert SearchSpace().first_last == (8, 8)
 
+    def test_first_and_last_inputs_are_float_where_all_are(self):
+        assert SearchSpace(act_bits=None).first_last == (8, None)
+        assert SearchSpace(act_bits=None, first_last=(8, 8)).first_last == (8, 8)
+
     def test_candidates_are_sorted(self):
         assert SearchSpace(weight_bits=[8, 2, 4]).weight_bits == (2, 4, 8)
 
@@ -142,7 +146,7 @@ class TestChoices:
         found = space(weight_bits=(4, "fp4"), act_bits=None, pinned={"b.*": ("fp8", None)}).choices(small_net())
         assert found.layers["a.0"] == LayerChoices((4, "fp4"), (None,))
         assert found.layers["b.0"] == LayerChoices(("fp8",), (None,), pinned=True)
-        assert found.layers["stem"] == EIGHT
+        assert found.layers["stem"] == LayerChoices((8,), (None,), pinned=True)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

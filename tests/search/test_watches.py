@@ -13,6 +13,10 @@ class TestClasses:
         with pytest.raises(ValueError, match="All labels are 2"):
             watch.see(torch.tensor([2, 2]))
 
+    def test_says_who_has_the_class(self):
+        with pytest.raises(ValueError, match=r"^the first batch has a single class"):
+            ClassWatch(1, "the first batch has").see(torch.tensor([2, 2]))
+
     def test_two_classes_are_enough(self):
         watch = ClassWatch(2)
         watch.see(torch.tensor([2, 2]))
