@@ -15,6 +15,7 @@ from torch import Tensor
 from asga.kernels.layout import (
     NUM_WARPS,
     accumulator,
+    blocks,
     dense_like,
     finish_blocks,
     fold,
@@ -168,7 +169,7 @@ def _fake_quant_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    channel_blocks = blocks(channels, BLOCK_C)
     first_channel = tl.program_id(0) % channel_blocks * BLOCK_C
     tile = tl.program_id(0) // channel_blocks
     base, left = tile_base(tile, first_channel, length, loop_stride, channel_stride, length_stride, BLOCK_L)
@@ -205,7 +206,7 @@ def _fake_quant_backward_kernel(
     FOLD: tl.constexpr,
 ):
     compute = scale_partials_ptr.dtype.element_ty
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    channel_blocks = blocks(channels, BLOCK_C)
     first_channel = tl.program_id(0) % channel_blocks * BLOCK_C
     split = tl.program_id(0) // channel_blocks
     offsets = tile_offsets(channel_stride, length_stride, BLOCK_C, BLOCK_L)

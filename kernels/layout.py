@@ -150,9 +150,15 @@ def _tile_and_vector(input: Tensor, inner: int, vectors: int) -> tuple[int, int]
 
 
 @triton.jit
+def blocks(count, BLOCK: tl.constexpr):
+    """Blocks of at least one value; what `tl.cdiv` adds up first would exceed 32 bits just below 2^31 values."""
+    return (count - 1) // BLOCK + 1
+
+
+@triton.jit
 def tile_base(tile, first_channel, length, loop_stride, channel_stride, length_stride, BLOCK_L: tl.constexpr):
     """Offset of the first element of a tile, and how much of the length is left from there on."""
-    length_tiles = tl.cdiv(length, BLOCK_L)
+    length_tiles = blocks(length, BLOCK_L)
     start = (tile % length_tiles).to(tl.int64) * BLOCK_L
     loop = (tile // length_tiles).to(tl.int64)
     base = loop * loop_stride + first_channel.to(tl.int64) * channel_stride + start * length_stride

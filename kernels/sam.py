@@ -6,7 +6,7 @@ partial sum of each chunk in float64, always in the same order. `asga.kernels.te
 tensors, and what that costs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -17,6 +17,8 @@ from asga.kernels.sam_sums import dots_kernel, norm_kernel, sam_finish_kernel
 from asga.kernels.sam_sweeps import adam_kernel, combine_kernel, perturb_kernel, sgd_kernel
 from asga.kernels.tensor_lists import TILE, Operand, TensorLists, bits_of, pointer_table
 
+# What `coefficients_kernel` counts: updates, at either bound of the radius, steps, steps left out.
+_COUNTERS = 5
 # Steps that one program counts.
 _STEPS = 128
 
@@ -34,6 +36,7 @@ def sam_norm(params: Sequence[Tensor], grads: Sequence[Tensor], rho_scales: Sequ
 
 def sam_ascent_step(q0: Tensor, rho: Tensor, grad_scale: Tensor | None, shift: float, relative: bool) -> Tensor:
     """A2: the length of the ascent step, 0-dim float64."""
+    _check_scalars({"q0": q0, "rho": rho, "grad_scale": grad_scale}, q0)
     result = torch.empty_like(q0)
     _launch(ascent_step_kernel, 1, result, q0, rho, grad_scale, bits_of(shift), RELATIVE=relative)
     return result
@@ -50,7 +53,7 @@ def sam_perturb(
 ) -> None:
     """A3: ``backup <- theta; theta <- theta + s T^2 g; first_grad <- g``."""
     _check_scales(rho_scales, params)
-    _check_scalars("step", step)
+    _check_scalars({"step": step}, params[0])
     operands = _up_to_backups(params, backups, first_grads, grads, ("params", "backups", "first_grads"))
     scales = rho_scales if first_grads else [scale or None for scale in rho_scales]
     TensorLists(params, operands, scales).launch(perturb_kernel, step, ADAPTIVE=adaptive, KEEPS=len(first_grads) > 0)
@@ -94,6 +97,13 @@ def sam_coefficients(
     """B2 and B4: ``[c0, c1, valid, h]`` float64; moves `rho` and `counts`."""
     if dots is None and (variant > 1 or max_norm is not None):
         raise RuntimeError("dots is None, but the variant or max_norm needs the dot products")
+    if losses.numel() > 2:
+        raise RuntimeError(f"losses has {losses.numel()} elements; at most two are used")
+    scalars = {"q0": q0, "step": step, "grad_scale": grad_scale, "found_inf": found_inf, "rho": rho}
+    _check_scalars(scalars, q0)
+    _check_scalars({"dots": dots}, q0, 4)
+    _check_scalars({"losses": losses}, q0, losses.numel())
+    _check_scalars({"counts": counts}, q0, _COUNTERS, torch.int64)
     result = q0.new_empty(4)
     numbers = (weight, max_norm or 0.0, rho_min, rho_max)
     _launch(
@@ -116,7 +126,7 @@ def sam_combine(
     coefficients: Tensor,
 ) -> None:
     """B3 for any base optimizer: ``theta <- backup; g1 <- c0 g0 + c1 g1``, the latter only if valid."""
-    _check_scalars("coefficients", coefficients, 4)
+    _check_scalars({"coefficients": coefficients}, params[0], 4)
     operands = _up_to_backups(params, backups, first_grads, grads, ("params", "grads"))
     TensorLists(params, operands).launch(combine_kernel, coefficients, FIRST=len(first_grads) > 0)
 
@@ -135,7 +145,8 @@ def sam_sgd(
     nesterov: bool,
 ) -> None:
     """B3 with `torch.optim.SGD`."""
-    _check_scalars("coefficients", coefficients, 4)
+    _check_scalars({"coefficients": coefficients}, params[0], 4)
+    _check_scalars({"lr_tensor": lr_tensor}, params[0])
     operands = _up_to_backups(params, backups, first_grads, grads, ("params",))
     operands.append(Operand("momentum_buffers", momentum_buffers, written=True, optional=True))
     TensorLists(params, operands).launch(
@@ -166,7 +177,8 @@ def sam_adam(
     decoupled: bool,
 ) -> None:
     """B3 with `torch.optim.Adam`, or AdamW if `decoupled`."""
-    _check_scalars("coefficients", coefficients, 4)
+    _check_scalars({"coefficients": coefficients}, params[0], 4)
+    _check_scalars({"lr_tensor": lr_tensor}, params[0])
     if len(steps) != len(params):
         raise RuntimeError(f"steps has {len(steps)} tensors, but params {len(params)}")
     if any(step.dtype != torch.float32 or step.numel() != 1 or step.device != coefficients.device for step in steps):
@@ -233,6 +245,15 @@ def _check_scales(rho_scales: Sequence[float], params: Sequence[Tensor]) -> None
         raise RuntimeError(f"rho_scales has {len(rho_scales)} entries, but params {len(params)}")
 
 
-def _check_scalars(name: str, tensor: Tensor, count: int = 1) -> None:
-    if tensor.dtype != torch.float64 or tensor.numel() != count or not tensor.is_contiguous():
-        raise RuntimeError(f"{name} must be a float64 tensor with {count} element(s), got {tensor.dtype}")
+def _check_scalars(
+    tensors: Mapping[str, Tensor | None], like: Tensor, count: int = 1, dtype: torch.dtype = torch.float64
+) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        fits = tensor.dtype == dtype and tensor.numel() == count and tensor.is_contiguous()
+        if not fits or tensor.device != like.device:
+            raise RuntimeError(
+                f"{name} must be a contiguous {dtype} tensor with {count} element(s) on {like.device}, got "
+                f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )

@@ -3,13 +3,14 @@
 A kernel finds its tensor in two tables on the device. One holds the pointers of all operands, the sizes and the scales:
 int64 ``[operands + 2, tensors]``. The other says for each program which chunk of which tensor it works on: int32
 ``[programs, 2]``. Triton has no arrays as kernel arguments, so the tables are made on the host and copied, from pinned
-memory and without waiting; they are kept for as long as the same pointers come back, and that is every step of a
-training loop whose allocations repeat.
+memory and without waiting; they are kept for as long as the same pointers come back on a stream, and that is every
+step of a training loop whose allocations repeat.
 
 Limits, all of them absent from the CUDA kernels: a table is looked up by the pointers of all tensors, about 0.1 us
 each; new pointers cost a copy of a few kilobytes; a tensor that lies in memory otherwise than its parameter is copied
 before and, where it is written, after; and one pointer off a 16-byte boundary takes the vectors from the whole list. A
-table that is first made while a graph is captured stays for good, since replays copy from its pinned memory.
+table that is made while a graph is captured stays for good, since replays copy from its pinned memory, and serves that
+graph alone: nothing else may count on its replays.
 """
 
 import struct
@@ -142,23 +143,30 @@ class _Kept(NamedTuple):
 
 
 _kept: OrderedDict[tuple[object, ...], _Kept] = OrderedDict()
-_kept_for_graphs: dict[tuple[object, ...], _Kept] = {}
+_kept_for_graphs: list[_Kept] = []
 
 
 def _on_device(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of some numbers, the same one for the same numbers."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    key = (values, dtype, device)
-    kept = (None if capturing else _kept.get(key)) or _kept_for_graphs.get(key)
+    """A tensor of some numbers; outside of graphs the same one for the same numbers on the same stream."""
+    on_gpu = device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        _kept_for_graphs.append(_copied(values, dtype, device))
+        return _kept_for_graphs[-1].table
+    # Another stream could read a table before this one's copy has filled it.
+    key = (values, dtype, device, torch.cuda.current_stream(device).cuda_stream if on_gpu else None)
+    kept = _kept.get(key)
     if kept is None:
-        pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-        kept = _Kept(pinned.to(device, non_blocking=True), pinned)
-        (_kept_for_graphs if capturing else _kept)[key] = kept
+        kept = _kept[key] = _copied(values, dtype, device)
         while len(_kept) > _TABLES_KEPT:
             _kept.popitem(last=False)
-    elif key in _kept:
-        _kept.move_to_end(key)
+    _kept.move_to_end(key)
     return kept.table
+
+
+def _copied(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Kept:
+    # On the CPU whatever torch's default device is.
+    pinned = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    return _Kept(pinned.to(device, non_blocking=True), pinned)
 
 
 def _check(params: Sequence[Tensor], operands: Sequence[Operand]) -> None:

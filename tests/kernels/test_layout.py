@@ -27,8 +27,10 @@ def _store_tile_base(
         pytest.param(3 * 2**20 + 1, 0, 2**32 + 5, (2**32 + 5, 2**32 + 5, 1), 3 * 2**30 + TILE, 2**30 + 5 - TILE),
         pytest.param(2**20, 7, TILE, (2**14, TILE, 1), 2**34 + 7 * TILE, TILE),
         pytest.param(2**18, 0, 2**29, (2**31, 1, 8), 2**31, 2**29 - 2**28),
+        # Adding a block to this length exceeds 32 bits.
+        pytest.param(2**21 - 1, 0, 2**31 - 1, (2**31 - 1, 2**31 - 1, 1), 2**31 - TILE, TILE - 1),
     ],
-    ids=["one long channel", "many loops", "channels innermost"],
+    ids=["one long channel", "many loops", "channels innermost", "as long as 32 bits can be"],
 )
 def test_offsets_beyond_32_bits(tile, first_channel, length, strides, base, left, device):
     output = torch.zeros(2, dtype=torch.int64, device=device)

@@ -238,8 +238,30 @@ def test_lists_that_do_not_fit(device):
         sam.sam_norm([a, a], [a, a.half()], [1.0, 1.0], False)
     with pytest.raises(RuntimeError, match=r"backups\[0\] does not have the dtype of params"):
         sam.sam_perturb([a], [a.half()], [], [a], scalar(0.1, device), [1.0], False)
-    with pytest.raises(RuntimeError, match="coefficients must be a float64 tensor with 4"):
+    with pytest.raises(RuntimeError, match=r"coefficients must be a contiguous torch.float64 tensor with 4"):
         sam.sam_combine([a], [a], [], [a], scalar(1.0, device))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"counts": torch.zeros(3, dtype=torch.int64)}, r"counts must be a contiguous torch.int64 tensor with 5"),
+        ({"counts": torch.zeros(5)}, r"counts must be a contiguous torch.int64 tensor with 5 .* got torch.float32"),
+        ({"dots": torch.zeros(2, dtype=torch.float64)}, r"dots must be .* with 4 element\(s\) on \S+, got"),
+        ({"losses": torch.zeros(3, dtype=torch.float64)}, "losses has 3 elements; at most two are used"),
+        ({"rho": torch.zeros((), dtype=torch.float64, device="meta")}, "rho must be .* on meta"),
+        ({"found_inf": torch.zeros(())}, r"found_inf must be a contiguous torch.float64 tensor with 1"),
+    ],
+    ids=["few counts", "counts of another dtype", "few dots", "many losses", "another device", "another dtype"],
+)
+def test_scalars_that_do_not_fit(changed, message, device):
+    given = dict.fromkeys(("q0", "step"), scalar(1.0, device))
+    given |= {"dots": torch.zeros(4, dtype=torch.float64), "losses": torch.zeros(2, dtype=torch.float64)}
+    given |= {"grad_scale": None, "found_inf": None, "rho": scalar(0.1, device)}
+    given |= {"counts": torch.zeros(len(COUNTS), dtype=torch.int64), **changed}
+    tensors = [t if t is None or t.is_meta else t.to(device) for t in given.values()]
+    with pytest.raises(RuntimeError, match=message):
+        sam.sam_coefficients(*tensors, 1, 0.3, None, True, 0.01, 0.5)
 
 
 def test_tables_are_made_once_and_do_not_pile_up(device):
@@ -250,3 +272,30 @@ def test_tables_are_made_once_and_do_not_pile_up(device):
     for i in range(200):
         tensor_lists.pointer_table([tensors[k] for k in (i % 3, i // 3 % 3, i // 9 % 3, i // 27 % 3, i // 81 % 3)])
     assert len(tensor_lists._kept) <= 64
+
+
+def test_a_graph_has_tables_of_its_own(monkeypatch):
+    """Nothing else may count on its replays, nor it on those of another graph or on calls outside of graphs."""
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 7}))
+    monkeypatch.setattr(tensor_lists, "_copied", lambda *_: tensor_lists._Kept(torch.empty(1), torch.empty(1)))
+    monkeypatch.setattr(tensor_lists, "_kept", type(tensor_lists._kept)())
+    monkeypatch.setattr(tensor_lists, "_kept_for_graphs", [])
+
+    def table() -> Tensor:
+        return tensor_lists._on_device((1, 2), torch.int64, torch.device("cuda", 0))
+
+    graphs = [table(), table()]
+    capturing = False
+    eager = table()
+    assert eager is table()
+    assert len({id(found) for found in (*graphs, eager)}) == 3
+    assert [kept.table for kept in tensor_lists._kept_for_graphs] == graphs
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 8}))
+    assert table() is not eager
+
+
+def test_tables_are_made_on_the_host_whatever_the_default_device_is():
+    with torch.device("meta"):
+        assert tensor_lists._copied((1, 2), torch.int64, torch.device("cpu")).table.tolist() == [1, 2]
