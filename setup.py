@@ -6,8 +6,9 @@ Two libraries on LibTorch's stable ABI, so that one binary serves every torch >=
 - ``asga/_C_cuda.abi3.so``: CUDA kernels, loaded only where torch has CUDA.
 
 Environment variables:
-    ASGA_CPU, ASGA_CUDA: ``auto`` (default: build if the compiler is found), ``force`` (fail without it), ``skip``.
-    TORCH_CUDA_ARCH_LIST: architectures such as ``"8.0 9.0+PTX"``.
+    ASGA_CPU, ASGA_CUDA: ``auto`` (default: build if the compiler is found, and nvcc is for torch's CUDA), ``force``
+        (fail without it), ``skip``.
+    TORCH_CUDA_ARCH_LIST: architectures such as ``"8.0 9.0+PTX"``, in place of the usual ones.
     MAX_JOBS: parallel compilations (default: the number of cores).
     CUDA_HOME, CXX: where to look for nvcc first; the C++ compiler.
     ASGA_SANITIZE: ``1`` compiles the CPU library with AddressSanitizer and UBSan, for `make sanitize`. Such a library
@@ -16,6 +17,7 @@ Environment variables:
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,8 +31,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 # The oldest torch whose stable ABI is used: 2.10.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# One for each generation: the code for 8.0 also runs on 8.6 and 8.9, that for 10.0 on 10.3.
-DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
+# One for each generation: the code for 8.0 also runs on 8.6 and 8.9, that for 10.0 on 10.3. Of these, those that nvcc
+# knows, the newest also as PTX for GPUs to come.
+DEFAULT_CUDA_ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 # Contraction off: a fused multiply-add rounds once where the definition of the operators rounds twice.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
 # GCC 12 finds its own intrinsics uninitialized (GCC bug 105593).
@@ -69,6 +72,26 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+def asked(nvcc: str, option: str) -> str:
+    """What nvcc says of itself; nothing where it cannot be run."""
+    try:
+        return subprocess.run([nvcc, option], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+
+
+def other_cuda(nvcc: str) -> str | None:
+    """Why what nvcc builds may not run where this torch does, or None: the driver may be too old for it."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    release = re.search(r"release (\d+)\.(\d+)", asked(nvcc, "--version"))
+    if torch.version.cuda is None or release is None or release[1] == torch.version.cuda.split(".")[0]:
+        return None
+    return f"nvcc is of CUDA {release[1]}.{release[2]}, torch of {torch.version.cuda}"
+
+
 def chosen(variable: str, tool: str, path: str | None) -> bool:
     """Whether to build the library that `variable` is about, given where its compiler was found."""
     setting = mode(variable)
@@ -81,13 +104,23 @@ def chosen(variable: str, tool: str, path: str | None) -> bool:
             f"asga: no {tool} found, building without it; `asga info` shows what serves each operator",
             file=sys.stderr,
         )
+    elif tool == "nvcc" and setting == "auto" and (reason := other_cuda(path)):
+        print(f"asga: {reason}, building without the CUDA library; ASGA_CUDA=force builds it", file=sys.stderr)
+        return False
     return path is not None
+
+
+def default_architectures() -> str:
+    """Those of the usual ones that nvcc knows."""
+    known = asked(find_nvcc() or "nvcc", "--list-gpu-arch").split()
+    usual = [a for a in DEFAULT_CUDA_ARCHITECTURES if not known or f"compute_{a.replace('.', '')}" in known]
+    return " ".join(usual) + "+PTX"
 
 
 def cuda_architecture_flags() -> list[str]:
     """-gencode flags for TORCH_CUDA_ARCH_LIST, in the format that torch uses: "8.0 9.0a 10.0+PTX"."""
     flags = []
-    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES).replace(";", " ").split():
+    for entry in (os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures()).replace(";", " ").split():
         number = entry.removesuffix("+PTX").replace(".", "")
         if not number.rstrip("af").isdigit():
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST has {entry!r}; architectures look like 8.0, 9.0a or 12.0+PTX")

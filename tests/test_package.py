@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 
 import asga
 
@@ -118,6 +119,38 @@ class TestSetup:
             "-gencode=arch=compute_90a,code=sm_90a",
             "-gencode=arch=compute_90a,code=compute_90a",
         ]
+
+    @pytest.mark.parametrize(
+        ("known", "expected"),
+        [
+            ("compute_75 compute_80 compute_90", "7.5 8.0 9.0+PTX"),
+            ("compute_75 compute_80 compute_90 compute_100 compute_110 compute_120", "7.5 8.0 9.0 10.0 12.0+PTX"),
+            ("", "7.5 8.0 9.0 10.0 12.0+PTX"),
+        ],
+        ids=["older nvcc", "newer nvcc", "one that does not say"],
+    )
+    def test_the_usual_architectures_are_those_that_nvcc_knows(self, run_setup, tmp_path, monkeypatch, known, expected):
+        self._fake_nvcc(tmp_path, monkeypatch, f"echo {known}")
+        assert run_setup()[0]["default_architectures"]() == expected
+
+    @pytest.mark.parametrize(
+        ("of_torch", "built"), [("13.2", True), (None, True), ("12.8", False)], ids=["same", "none", "other"]
+    )
+    def test_an_nvcc_of_another_cuda_than_torch_is_left_out(
+        self, run_setup, tmp_path, monkeypatch, capsys, of_torch, built
+    ):
+        self._fake_nvcc(tmp_path, monkeypatch, "echo Cuda compilation tools, release 13.0, V13.0.88")
+        monkeypatch.setattr(torch.version, "cuda", of_torch)
+        assert ("asga._C_cuda" in run_setup()[1]) is built
+        assert ("nvcc is of CUDA 13.0, torch of 12.8, building without" in capsys.readouterr().err) is not built
+        monkeypatch.setenv("ASGA_CUDA", "force")
+        assert "asga._C_cuda" in run_setup()[1]
+
+    def _fake_nvcc(self, folder: Path, monkeypatch, script: str) -> None:
+        nvcc = folder / "nvcc"
+        nvcc.write_text(f"#!/bin/sh\n{script}\n")
+        nvcc.chmod(0o755)
+        monkeypatch.setattr(shutil, "which", lambda name, *args, **kwargs: str(nvcc) if name == "nvcc" else None)
 
     @pytest.mark.parametrize("entry", ["Ampere", "sm_80", "+PTX"])
     def test_an_architecture_of_another_form_is_refused(self, entry, run_setup, monkeypatch):

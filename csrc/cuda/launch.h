@@ -15,12 +15,10 @@
 #include "../tensor_layout.h"
 
 // torch's STD_CUDA_CHECK needs a symbol that a CPU build of torch lacks.
-#define ASGA_CUDA_CHECK(call)                                                                                \
-  do {                                                                                                       \
-    const cudaError_t status = (call);                                                                       \
-    if (status != cudaSuccess) {                                                                             \
-      throw std::runtime_error(std::string("asga: CUDA error in " #call ": ") + cudaGetErrorString(status)); \
-    }                                                                                                        \
+#define ASGA_CUDA_CHECK(call)                                                               \
+  do {                                                                                      \
+    const cudaError_t status = (call);                                                      \
+    if (status != cudaSuccess) throw std::runtime_error(::asga::cuda_error(#call, status)); \
   } while (0)
 
 namespace asga {
@@ -30,6 +28,20 @@ using torch::stable::accelerator::DeviceGuard;
 // The dtype of the arithmetic.
 template <typename T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline std::string cuda_error(const char* call, cudaError_t status) {
+  std::string text = std::string("asga: CUDA error in ") + call + ": " + cudaGetErrorString(status);
+  if (status == cudaErrorNoKernelImageForDevice) {
+    text +=
+        "; the CUDA library was compiled for other GPUs: install asga again with the architecture of this one in "
+        "TORCH_CUDA_ARCH_LIST, or set ASGA_BACKEND=triton";
+  } else if (status == cudaErrorInsufficientDriver) {
+    text +=
+        "; the CUDA library was compiled with a newer CUDA than the driver has: update the driver, install asga "
+        "again with an older nvcc, or set ASGA_BACKEND=triton";
+  }
+  return text;
+}
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;

@@ -12,7 +12,7 @@ import pytest
 
 import asga
 
-ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120"}  # setup.py's default list
+ARCHITECTURES = {"sm_75", "sm_80", "sm_90", "sm_100", "sm_120"}  # setup.py's default list
 PTX = {"sm_120"}  # for GPUs newer than the list
 
 pytestmark = [
