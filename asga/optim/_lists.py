@@ -113,12 +113,20 @@ def held_elsewhere(param: Tensor) -> bool:
     return _references(param) > _ONLY_REFERENCE
 
 
+def may_be_of_a_graph(tensor: Tensor) -> bool:
+    """Whether a CUDA graph of torch.compile (mode="reduce-overhead") may own the memory, and write over it when run.
+
+    Its tensors look like any others, so all are taken for such as soon as torch has loaded what manages them.
+    """
+    return tensor.is_cuda and "torch._inductor.cudagraph_trees" in sys.modules
+
+
 def is_unaliased(grad: Tensor) -> bool:
     """Whether the memory of a gradient is its own, so that no other tensor can write into it.
 
     Not so for views: DDP (`gradient_as_bucket_view`) and FSDP write the next gradients into the same memory.
     """
-    if grad._base is not None or grad.storage_offset() != 0:
+    if grad._base is not None or grad.storage_offset() != 0 or may_be_of_a_graph(grad):
         return False
     storage = grad.untyped_storage()
     alone = _HOLDERS_OF_ONE is not None and _holders(storage) == _HOLDERS_OF_ONE

@@ -10,7 +10,7 @@ from asga.optim import _sweeps as sweeps
 from asga.optim._checks import check_base, check_choice, check_factor, check_loss, check_radius
 from asga.optim._decision import climb, decide
 from asga.optim._fused import reason_not_to_fuse, update
-from asga.optim._lists import collect
+from asga.optim._lists import collect, may_be_of_a_graph
 from asga.optim._memory import Memory
 from asga.optim._options import Options
 from asga.optim._pending import copy_back, write_loss
@@ -240,6 +240,8 @@ class ASGA(WrappingOptimizer):
         try:
             try:
                 first_loss = _call(closure)
+                if isinstance(first_loss, Tensor) and may_be_of_a_graph(first_loss):
+                    first_loss = first_loss.detach().clone()
                 self.first_step(first_loss)
             except BaseException:
                 if before is not None:

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from asga.ops import backend
 from asga.optim import ASGA
+from asga.optim._lists import may_be_of_a_graph
 
 BASES = {
     "SGD": (torch.optim.SGD, {"lr": 0.1}),
@@ -238,6 +240,37 @@ class TestMemory:
             plain.step(two.closure(plain))
         assert same_bits(one.params, two.params)
         assert optimizer.diagnostics() == plain.diagnostics()
+
+    def test_what_a_graph_of_torch_compile_may_own_is_copied(self, problem, monkeypatch):
+        """Its memory is written again when the graph runs for pass 2, and torch refuses to read it afterwards."""
+
+        class OnGpu:
+            is_cuda = True
+
+        monkeypatch.delitem(sys.modules, "torch._inductor.cudagraph_trees", raising=False)
+        assert not may_be_of_a_graph(OnGpu())
+        monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", None)
+        assert may_be_of_a_graph(OnGpu())
+        assert not may_be_of_a_graph(problem.params[0])
+        monkeypatch.setattr("asga.optim._lists.may_be_of_a_graph", lambda grad: True)
+        monkeypatch.setattr("asga.optim.asga.may_be_of_a_graph", lambda loss: True)
+        optimizer = ASGA(problem.params, lr=0.1)
+        losses, grads = [], []
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = problem.loss()
+            loss.backward()
+            losses.append(loss)
+            grads.append([p.grad.data_ptr() for p in problem.params])
+            return loss
+
+        found = optimizer.step(closure)
+        assert found.equal(losses[0].detach())
+        assert found.data_ptr() != losses[0].data_ptr()
+        kept = [t.data_ptr() for t in optimizer._memory.first_grads.values()]
+        assert len(kept) == len(problem.params)
+        assert not set(kept) & set(grads[0])
 
     @pytest.mark.parametrize("kind", ["a view of a bucket", "a bucket of one", "kept on request", "held by its owner"])
     def test_a_gradient_that_something_else_can_write_is_copied(self, problem, kind):
