@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -82,7 +83,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
         The model, on the device and in the mode in which the factory left it.
 
     Raises:
-        ValueError: The name is unknown, the module cannot be imported or has no such factory, or
+        ValueError: The name is unknown, the module cannot be imported or has no such factory, the factory fails, or
             `num_classes` or `in_channels` is not positive.
         TypeError: The factory lacks an argument, or does not return an ``nn.Module``.
     """
@@ -98,7 +99,12 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
     missing = [argument for argument in arguments if not takes_any and argument not in parameters]
     if missing:
         raise TypeError(f"model {name!r} takes no argument {', '.join(missing)}; it takes {', '.join(parameters)}")
-    model = factory(**arguments)
+    try:
+        model = factory(**arguments)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"model {name!r} cannot be built: {what} ({frame.filename}, line {frame.lineno})") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"model {name!r} returned {type(model).__name__}; a factory must return a torch.nn.Module")
     return model

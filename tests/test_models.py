@@ -179,6 +179,7 @@ class TestBuildModel:
             "    return model\n"
             "def wrong(num_classes):\n    return num_classes\n"
             "def no_classes():\n    return nn.Identity()\n"
+            "def fails(num_classes):\n    return nn.Linear(4, {}['depth'])\n"
             "constant = 3\n"
         )
         (tmp_path / "broken_zoo.py").write_text("import no_such_dependency\n")
@@ -213,6 +214,11 @@ class TestBuildModel:
             ("my_zoo:", ValueError, "'my_zoo:' is not known"),
             ("my_zoo:wrong", TypeError, "returned int; a factory must return a torch.nn.Module"),
             ("my_zoo:no_classes", TypeError, "takes no argument num_classes"),
+            (
+                "my_zoo:fails",
+                ValueError,
+                r"'my_zoo:fails' cannot be built: KeyError: 'depth' \(.*my_zoo\.py, line \d+\)",
+            ),
         ],
     )
     def test_bad_names(self, module, name, error, message):

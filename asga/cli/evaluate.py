@@ -26,8 +26,8 @@ def run(options: argparse.Namespace) -> None:
     trained = _trained(folder)
     trained.data = options.data or trained.data
     trained.device = options.device or trained.device
-    policy = Policy.load(folder / "policy.json")
     normalization = _normalization(folder)
+    policy = Policy.load(folder / "policy.json")
     with Console() as console:
         images = open_split(trained, "val", console)
         val = validation_batches(images, trained.device, **normalization)

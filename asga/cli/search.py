@@ -212,7 +212,8 @@ def findings(result: SearchResult) -> dict[str, object]:
         limits = result.budget.limits(result.profiles, result.choices)
         costs = result.policy.meta["likeliest_costs"]
         shares["likeliest"] = {metric: costs[metric] / limit for metric, limit in limits.items()}
-    found: dict[str, object] = {"method": result.method, "cost_shares": shares}
+    decisions = [list(decision) for decision in result.choices.decisions]
+    found: dict[str, object] = {"method": result.method, "cost_shares": shares, "decisions": decisions}
     if result.uniform is not None:
         found["uniform"] = result.uniform.to_dict()
     if not result.trained:  # scores are no probabilities: their gaps say nothing about toss-ups

@@ -109,12 +109,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _choices_of(policy: Policy, names: list[str]) -> SpaceChoices:
-    """A space that the policy may come from: its first and last layer pinned, what it leaves float excluded."""
+    """A space that the policy may come from: the layers pinned that it names, what it leaves float excluded.
+
+    Policies of other origin name none: the first and the last layer are taken to be pinned, as is usual.
+    """
     anything = tuple(range(MIN_BITS, MAX_BITS + 1))
+    pinned = policy.meta.get("pinned", (names[0], names[-1]))
     layers = {}
     for name in names:
         bits = policy[name]
-        if name in (names[0], names[-1]):
+        if name in pinned:
             layers[name] = LayerChoices((bits.weight_bits,), (bits.act_bits,), pinned=True)
         elif bits != LayerPolicy(None, None):
             layers[name] = LayerChoices(anything, (None,) if bits.act_bits is None else anything)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from asga._files import write_atomic
 from asga.report.curves import comparison_figure
-from asga.report.facts import mean_bits, run_facts
+from asga.report.facts import mean_bits, run_facts, scored, uniform_comparisons
 from asga.report.html import render
 from asga.report.run import METRIC_NAMES, TENSORS, Run, Seeds, read_run
 from asga.report.style import Drawing, to_svg
@@ -86,8 +86,10 @@ def _search(run: Run) -> dict[str, object] | None:
     result = run.result or {}
     if "cost_shares" not in result or run.command != "search":
         return None
-    keys = ("method", "cost_shares", "toss_ups", "choices", "uniform", "agreement", "search_seconds")
-    return {key: result.get(key) for key in keys}
+    keys = ("method", "cost_shares", "toss_ups", "choices", "agreement", "search_seconds")
+    uniform = uniform_comparisons(run).get("policy")
+    how = None if uniform is None else scored(run, tuned=uniform.tuned)
+    return {**{key: result.get(key) for key in keys}, "uniform": uniform, "scored": how}
 
 
 def _same_layers(runs: Runs) -> Iterable[dict[str, Run]]:
@@ -125,8 +127,10 @@ def _searched(runs: Iterable[Run]) -> list[Choice]:
     found: dict[Choice, None] = {}
     for run in runs:
         result = (run.result or {}) if run.command in ("search", "demo") else {}
-        layers = result.get("sensitivities") or result.get("logit_gaps") or {}
-        found |= dict.fromkeys((layer, kind) for layer, kinds in layers.items() for kind in kinds)
+        # What a group shares is decided once; only files of earlier versions lack the decisions.
+        layers = result.get("logit_gaps") or result.get("sensitivities") or {}
+        decisions = result.get("decisions", [(layer, kind) for layer, kinds in layers.items() for kind in kinds])
+        found |= dict.fromkeys(map(tuple, decisions))
     return list(found)
 
 

@@ -123,7 +123,7 @@ def comparison_figure(runs: Mapping[str, Seeds]) -> "Figure":
         columns = min(3, max(1, len(values)))
         rows = -(-len(values) // columns)
         figure = new_figure(7.2, 0.4 + 2.0 * max(1, rows))
-        panels = figure.subplots(max(1, rows), columns, squeeze=False).flat
+        panels = list(figure.subplots(max(1, rows), columns, squeeze=False).flat)
         for axes, (title, value) in zip(panels, values.items(), strict=False):
             axes.set_title(title)
             for i, (name, seeds) in enumerate(runs.items()):
@@ -133,7 +133,7 @@ def comparison_figure(runs: Mapping[str, Seeds]) -> "Figure":
             _scale(axes)
             if title.endswith(("top-1", "budget")):
                 axes.yaxis.set_major_formatter(require("matplotlib.ticker", "report").PercentFormatter(1.0))
-        for axes in panels:
+        for axes in panels[len(values) :]:
             axes.set_axis_off()
         _legend(figure, *figure.axes[: len(values)])
     return figure

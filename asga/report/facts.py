@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from statistics import fmean
+from typing import NamedTuple
 
 from asga.policy import Policy, bit_width
 from asga.report.html import bytes_, count, duration, percent
@@ -12,6 +13,19 @@ from asga.search.methods import METHODS, TRAINED
 
 # A radius on one bound for more than this share of the steps is in effect a constant.
 _STUCK_SHARE = 0.9
+# By the way in which policies were scored.
+_NOTES = {
+    "fine-tuned": "All were fine-tuned for a few steps from the float model.",
+    "float weights": (
+        "All have the float weights, quantized without training. That leans towards few activation bits: training "
+        "repairs weights, not activations."
+    ),
+    "mixture": (
+        "All are choices of the same mixture, its weights as the search left them, batch normalization measured anew. "
+        "That leans towards the policy: one that is not better here is hardly worth its search, one that is better has "
+        "still to prove it after a transfer."
+    ),
+}
 
 
 def run_facts(run: Run) -> dict[str, str]:
@@ -33,7 +47,9 @@ def run_facts(run: Run) -> dict[str, str]:
             facts[name] = _cost_against(metric, meta["costs"][metric], limit)
     if run.result is not None:
         facts["time"] = duration(run.result["seconds"]) if "seconds" in run.result else None
-    elif epoch is not None:
+    elif epoch is None:
+        facts["state"] = "not finished; no epoch is complete yet"
+    else:
         epochs = [e for seeds in run.stages.values() for epochs in seeds.values() for e in epochs]
         facts["state"] = f"not finished; last epoch: {epoch['stage']}, {epoch['epoch']} of {epoch['epochs']}"
         facts["time so far"] = duration(sum(e["seconds"] for e in epochs))
@@ -95,43 +111,44 @@ def uniform_notes(run: Run) -> list[str]:
     """How the policies of those comparisons were scored, and what that is worth; see `asga.search.scoring.Scorer`."""
     compared, notes = uniform_comparisons(run), {}
     for name, found in compared.items():
-        notes.setdefault(_uniform_note((run.result or {}).get("method"), found.tuned), []).append(name)
+        notes.setdefault(_NOTES[scored(run, tuned=found.tuned)], []).append(name)
     return [note if len(notes) == 1 else f"{', '.join(names)}: {note}" for note, names in notes.items()]
 
 
-def mean_bits(policy: Policy | None) -> dict[str, float]:
-    """Mean bits of weights and activations over the layers that are quantized."""
+class MeanBits(NamedTuple):
+    """Mean bits over those of all layers of a policy that are quantized."""
+
+    bits: float
+    layers: int
+    of: int
+
+
+def scored(run: Run, *, tuned: bool) -> str:
+    """The way in which policies were compared with uniform ones, in a word; losses of different ways do not compare."""
+    if tuned:
+        return "fine-tuned"
+    method = (run.result or {}).get("method")
+    return "float weights" if method in METHODS and method not in TRAINED else "mixture"
+
+
+def mean_bits(policy: Policy | None) -> dict[str, MeanBits]:
+    """Of weights and of activations."""
     layers = [] if policy is None else policy.values()
     bits = {
         "weights": [bit_width(layer.weight_bits) for layer in layers if layer.weight_bits is not None],
         "activations": [layer.act_bits for layer in layers if layer.act_bits is not None],
     }
-    return {kind: fmean(values) for kind, values in bits.items() if values}
+    return {kind: MeanBits(fmean(values), len(values), len(layers)) for kind, values in bits.items() if values}
 
 
 def _not_better(compared: Mapping[str, UniformComparison]) -> list[str]:
     """Of the policy, and of those of single seeds, what is not better than uniform bits."""
     seeds = {name: found for name, found in compared.items() if name != "policy"}
     policy = compared.get("policy")
-    lines = [f"the policy is {policy.verdict}"] if policy is not None and policy.better is False else []
-    verdicts = Counter(found.verdict for found in seeds.values() if found.better is False)
+    lines = [f"the policy is {policy.verdict}"] if policy is not None and policy.better is not True else []
+    verdicts = Counter(found.verdict for found in seeds.values() if found.better is not True)
     lines += [f"policies of single seeds: {n} of {len(seeds)} {verdict}" for verdict, n in verdicts.items()]
     return [f"On the proxy, at equal cost, {line}, see below." for line in lines]
-
-
-def _uniform_note(method: str | None, tuned: bool) -> str:
-    if tuned:
-        return "All were fine-tuned for a few steps from the float model."
-    if method in METHODS and method not in TRAINED:
-        return (
-            "All have the float weights, quantized without training. That leans towards few activation bits: training "
-            "repairs weights, not activations."
-        )
-    return (
-        "All are choices of the same mixture, its weights as the search left them, batch normalization measured anew. "
-        "That leans towards the policy: one that is not better here is hardly worth its search, one that is better has "
-        "still to prove it after a transfer."
-    )
 
 
 def _budget(budget: Mapping[str, object]) -> str:

@@ -77,11 +77,12 @@ def _choice(run: Run, name: str, kind: str, found: Series | None) -> Choice:
         bits = getattr(run.policy[name], f"{kind}_bits")
         shown = "float" if bits is None else str(bits)
     candidates, by_epoch = (), None
-    if found is not None:
+    if found is not None and len(found.candidates) > 1:
         candidates = tuple(map(Candidate, found.candidates, found.probabilities[-1].tolist()))
-        by_epoch = sparkline(found, f"{name}, {kind}") if len(candidates) > 1 else None
-    gaps = (run.result or {}).get("logit_gaps", {})
-    gap = gaps.get(name, {}).get(kind, _gap(candidates))
+        by_epoch = sparkline(found, f"{name}, {kind}")
+    # Those of a search that has ended count what a group shares once, with its first layer.
+    gaps = (run.result or {}).get("logit_gaps")
+    gap = _gap(candidates) if gaps is None else gaps.get(name, {}).get(kind)
     return Choice(bits, shown, candidates, gap, by_epoch)
 
 

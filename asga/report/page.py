@@ -48,6 +48,8 @@ def _content(run: Run) -> dict[str, object]:
     result = run.result or {}
     shares = result.get("cost_shares", {})
     layers = layer_rows(run)
+    kinds = [kind for layer in result.get("sensitivities", {}).values() for kind in layer.values()]
+    increases = [increase for kind in kinds for increase in kind.values()]
     return {
         "command": run.command,
         "facts": run_facts(run),
@@ -67,6 +69,8 @@ def _content(run: Run) -> dict[str, object]:
         "toss_ups": toss_ups(layers),
         "toss_up_gap": TOSS_UP,
         "sensitivity": _sensitivity(run),
+        "increases": len(increases),
+        "not_raised": sum(value <= 0 for value in increases),
         "correlation": _correlation(run),
         "rank_correlations": result.get("rank_correlations", []),
         "increase_on_target": result.get("increase_on_target", {}),

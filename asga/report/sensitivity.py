@@ -31,6 +31,9 @@ def sensitivity_figure(sensitivities: Sensitivities, policy: Policy | None = Non
         figure, *panels = layer_panels(list(sensitivities))
         for axes, (kind, title), color in zip(panels, TENSORS.items(), (FIRST, ALERT), strict=True):
             axes.set_title(title)
+            if not any(kind in kinds for kinds in sensitivities.values()):
+                _not_searched(axes)
+                continue
             axes.set_xscale("log")
             for row, (name, kinds) in enumerate(sensitivities.items()):
                 chosen = None if policy is None else str(getattr(policy[name], f"{kind}_bits"))
@@ -58,6 +61,9 @@ def correlation_figure(proxy: Sensitivities, target: Sensitivities) -> "Figure":
         figure = new_figure(7.2, 3.2)
         for axes, (kind, title), color in zip(figure.subplots(1, 2), TENSORS.items(), (FIRST, SECOND), strict=True):
             axes.set_title(title)
+            if not any(kind in kinds for kinds in target.values()):
+                _not_searched(axes)
+                continue
             points: dict[str, list[tuple[float, float]]] = {}
             for name, kinds in target.items():
                 for bits, value in kinds.get(kind, {}).items():
@@ -76,6 +82,12 @@ def correlation_figure(proxy: Sensitivities, target: Sensitivities) -> "Figure":
             if axes.get_lines():
                 axes.legend(title="bits", fontsize=8)
     return figure
+
+
+def _not_searched(axes: "Axes") -> None:
+    """In place of an axis that nothing would lie on."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, "not searched", transform=axes.transAxes, ha="center", va="center", color=MUTED)
 
 
 def _plain(axis: "Axis") -> None:

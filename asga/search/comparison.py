@@ -88,8 +88,10 @@ class UniformComparison:
         """
         if self.best is not None and self.policy == self.pairs[self.best]:
             return f"the uniform pair {self.best} itself"
-        if self.better is None:
+        if self.best is None:
             return "not comparable with uniform bits"
+        if self.better is None:
+            return "not comparable with uniform bits on a single batch (smaller ones give more)"
         if self.better:
             return "better than uniform bits"
         return f"{'not distinguishable from' if self.difference < 0 else 'NOT better than'} uniform bits"

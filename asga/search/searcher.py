@@ -245,7 +245,7 @@ class PolicySearcher:
         trained = self.method in TRAINED
         policy = best_policy(log_probs, self.choices, profiles, self.budget, self.meta, trained=trained)
         comparison = _compared(policy, uniform, scorer)
-        if comparison.better is False and self.method != "uniform":
+        if comparison.best is not None and comparison.better is not True and self.method != "uniform":
             warnings.warn(f"the policy is {comparison.verdict}: {comparison}", NotBetterThanUniform, stacklevel=2)
         return SearchResult(
             policy=policy,

@@ -63,8 +63,9 @@ def best_policy(
         spend: Raise bits while budget is left.
 
     Returns:
-        The policy. Its metadata has budget, limits and costs; of a trained search also its ``log_prob``, and
-        ``likeliest_costs``, those of the likeliest policy before bits were raised.
+        The policy. Its metadata has budget, limits and costs, and the layers that were pinned, which words such as
+        ``"w4a4"`` leave at their bits; of a trained search also its ``log_prob``, and ``likeliest_costs``, those of the
+        likeliest policy before bits were raised.
 
     Raises:
         InfeasibleBudgetError: Nothing meets the budget.
@@ -74,7 +75,8 @@ def best_policy(
     scores = {name: (np.array(p.weight), np.array(p.act)) for name, p in log_probs.items()}
     joint = _joint(scores, choices, once=trained)
     chosen = find(joint)
-    facts = {"budget": budget.to_dict(), "limits": limits}
+    pinned = [name for name, layer in choices.layers.items() if layer.pinned]
+    facts = {"budget": budget.to_dict(), "limits": limits, "pinned": pinned}
     if trained:
         facts["likeliest_costs"] = policy_costs(profiles, choices.policy(chosen)).to_dict()
         if spend:

@@ -66,3 +66,10 @@ def test_damaged_configuration(fails, tmp_path, content):
 def test_unfinished_run(fails, trained, name):
     (trained / name).unlink()
     assert name in fails("evaluate", trained)
+
+
+def test_run_that_was_interrupted(fails, trained):
+    """It has none of the files that a finished one leaves."""
+    for name in ("model.pt", "policy.json", "result.json"):
+        (trained / name).unlink()
+    assert "holds a run that is not finished" in fails("evaluate", trained)

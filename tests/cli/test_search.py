@@ -53,7 +53,9 @@ class TestRunFolder:
         assert result["method"] == "asga"
         assert result["uniform"]["best"] in ("w2a8", "w3a4", "w4a4", "w8a2")
         assert "bitops: policy" in out
-        assert "uniform bits: loss on the proxy" in out
+        assert "not comparable with uniform bits on a single batch (smaller ones give more): loss on the proxy" in out
+        assert result["decisions"] == [list(decision) for decision in found.choices.decisions]
+        assert policy.meta["pinned"] == ["conv1", "fc"]
         config = json.loads((folder / "config.json").read_text())
         assert config["command"] == "search"
         assert config["options"]["limit"] == 40

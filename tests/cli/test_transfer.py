@@ -20,7 +20,7 @@ def table_of(folder) -> dict[str, dict]:
     return {row["name"]: row for row in json.loads((folder / "result.json").read_text())["table"]}
 
 
-def write_policy(path, bits: dict[str, tuple], **meta: str) -> None:
+def write_policy(path, bits: dict[str, tuple], **meta: object) -> None:
     Policy({name: LayerPolicy(*pair) for name, pair in bits.items()}, meta).save(path)
 
 
@@ -94,6 +94,19 @@ class TestRunFolder:
         assert "conv2.weight_quantizer.scale" not in state
         expected = 48 * MACS["conv1"] + 1024 * MACS["conv2"] + 4 * MACS["conv3"] + 64 * MACS["fc"]
         assert table_of(tmp_path / "run")["uniform w2a2"]["bitops"] == expected
+
+    def test_shares_are_those_of_the_search_whatever_it_pinned(self, run, transfer_arguments, tmp_path):
+        """A word leaves pinned layers at their bits, so that the search's own data give the search's own share."""
+        meta = {
+            "architecture": "asga_test_factory:net",
+            "budget": {"bitops": "w4a4"},
+            "pinned": ["conv1", "conv3", "fc"],
+        }
+        write_policy(tmp_path / "own.json", {**BITS, "conv2": (4, 4)}, **meta)
+        assert run(*transfer_arguments, "--policy", "own.json", "--compare", "w4a4")[0] == 0
+        table = table_of(tmp_path / "run")
+        assert table["searched"]["bitops_share"] == 1
+        assert table["uniform w4a4"]["bitops"] == table["searched"]["bitops"]
 
     def test_a_model_of_two_layers(self, run, transfer_arguments, tmp_path):
         """First and last are all there is; and the policy names no budget."""

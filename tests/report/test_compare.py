@@ -71,13 +71,16 @@ class TestPage:
         first, second = runs("first", "second")
         for folder in (first, second):
             _without_figures(folder)
-        score = {"loss": 1.1, "losses": [1.1, 1.1], "top1": 0.5, "cost_shares": {"bitops": 0.9}}
-        uniform = {"policy": score, "pairs": {"w2a4": score}, "best": "w2a4", "difference": -0.05, "error": 0.01}
+        score = {"loss": 1.1, "losses": [1.11, 1.09], "top1": 0.5, "cost_shares": {"bitops": 0.9}}
+        uniform = {"policy": score, "pairs": {"w2a4": {**score, "losses": [1.15, 1.15]}}, "tuned": True}
         _change(second, "config.json", command="search")
         agreement = {"equal": 0.5, "chance": 0.4}
         found = {"toss_ups": 3, "choices": 40, "uniform": uniform, "agreement": agreement, "search_seconds": 61}
         _change(second, "result.json", method="sgd", **found)
-        row = "second sgd BitOps 75.0 % BitOps 102.0 % 3 of 40 1.1000 w2a4: -0.0500 ± 0.0100 50.0 %, chance 40.0 %"
+        row = (
+            "second sgd BitOps 75.0 % BitOps 102.0 % 3 of 40 1.1000 (fine-tuned) w2a4: -0.0500 ± 0.0100: better than "
+            "uniform bits 50.0 %, chance 40.0 %"
+        )
         assert f"{row} 1 min 1 s" in text_of(first, second)
 
     def test_unfinished_runs_say_so(self, runs, text_of):
@@ -120,7 +123,7 @@ class TestPolicies:
     def test_stand_side_by_side_with_their_means(self, folders, text_of):
         text = text_of(*folders)
         assert "weight bits activation bits layer first second first second conv1 8 8 8 8" in text
-        assert "layer1.0.conv1 2 3 4 4 fc float float 8 8 mean 5.00 5.50 6.67 6.67" in text
+        assert "layer1.0.conv1 2 3 4 4 fc float float 8 8 mean of those quantized 5.00 5.50 6.67 6.67" in text
 
     def test_what_differs_is_marked(self, folders, tmp_path):
         page = write_comparison(folders, tmp_path / "comparison.html").read_text()

@@ -105,6 +105,12 @@ def test_runs_lie_over_each_other_in_their_own_colors():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
 
 
+def test_panels_without_values_are_not_drawn():
+    epochs = _epochs(loss=[2.0, 1.0], accuracy=[0.1, 0.2], val_loss=[2.0, 1.0], rho=[0.1, 0.2])
+    panels = comparison_figure({"first": {"": epochs}, "second": {"": epochs}}).axes
+    assert [axes.axison for axes in panels] == [True] * 4 + [False] * 2
+
+
 def test_many_runs_can_be_told_apart():
     figure = comparison_figure({f"run{i}": {"": _epochs(loss=[1.0, i])} for i in range(16)})
     assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}) == 16

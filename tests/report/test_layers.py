@@ -35,7 +35,22 @@ def test_gaps_of_the_result_go_before_probabilities(run_folder):
     run = replace(run, result={**run.result, "logit_gaps": {"layer1.0.conv1": {"weight": 0.7}}})
     row = layer_rows(run)[1]
     assert row.weight.gap == 0.7
+    assert row.act.gap is None  # it shares its bits with a layer before
+    assert toss_ups(layer_rows(run))[1] == 1
+
+
+def test_while_there_is_no_result_gaps_are_those_of_the_probabilities(run_folder):
+    row = layer_rows(replace(read_run(run_folder), result=None))[1]
     assert row.act.gap == pytest.approx(math.log(8))
+
+
+def test_a_single_candidate_was_not_searched(run_folder):
+    found = {
+        "layer1.0.conv1": {"weight_bits": [2, 4], "weight_probs": [0.9, 0.1], "act_bits": [None], "act_probs": [1]}
+    }
+    row = layer_rows(replace(read_run(run_folder), probabilities={"": {1: found}}))[1]
+    assert len(row.weight.candidates) == 2
+    assert (row.act.candidates, row.act.by_epoch) == ((), None)
 
 
 def test_without_a_policy_the_searched_layers_are_shown(run_folder):

@@ -52,7 +52,7 @@ def test_summary_and_results_are_in_words(complete):
         "over 2 seeds",
         "Each seed searches its own policy.",
         "102.0 % expected at the end of the search; 107.0 % likeliest candidates",
-        "5.0 bits for weights and 6.7 bits for activations",
+        "5.0 bits for weights (2 of 3 layers; the others are float) and 6.7 bits for activations.",
         "asga 0.1.0 torch 2.13.0",
     ):
         assert expected in text
@@ -135,7 +135,9 @@ class TestUniform:
         assert words in text_of(uniform=_comparison(tuned=method == "uniform"), method=method)
 
     def test_a_single_batch_has_no_error(self, text_of):
-        assert "a difference of -0.0500: not comparable with uniform bits." in text_of(uniform=_comparison((0.05,)))
+        text = text_of(uniform=_comparison((0.05,)))
+        assert "a difference of -0.0500: not comparable with uniform bits on a single batch (smaller ones give" in text
+        assert "On the proxy, at equal cost, the policy is not comparable with uniform bits on a single batch" in text
 
     def test_the_uniform_policy_itself_is_not_warned_of(self, text_of):
         assert "On the proxy, at equal cost" not in text_of(uniform=_comparison(WORSE), method="uniform")
@@ -287,6 +289,12 @@ def test_a_run_under_way_says_where_it_is(run_folder, page_of):
     assert "time so far 3 min 0 s" in text
     assert "There is no policy yet" in text
     assert "toss-up" not in text
+
+
+def test_a_run_that_has_hardly_begun_says_so(run_folder, page_of):
+    for name in ("result.json", "policy.json", "metrics.jsonl"):
+        (run_folder / name).unlink()
+    assert "state not finished; no epoch is complete yet" in page_of(run_folder).text
 
 
 def test_a_radius_on_its_bound_is_reported_for_the_stage(complete):

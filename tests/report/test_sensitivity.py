@@ -20,6 +20,13 @@ class TestSensitivityFigure:
         assert _texts(act) == [("2", 0.2, 0)]  # zero has no place on a logarithmic axis
         assert [label.get_text() for label in weight.get_yticklabels()] == list(FOUND)
 
+    def test_what_was_not_searched_has_no_axis(self):
+        weights = {name: {"weight": kinds["weight"]} for name, kinds in FOUND.items()}
+        for figure in (sensitivity_figure(weights), correlation_figure(weights, weights)):
+            weight, act = figure.axes
+            assert (weight.axison, act.axison) == (True, False)
+            assert [text.get_text() for text in act.texts] == ["not searched"]
+
     def test_the_choice_stands_out(self, policy):
         weight, _ = sensitivity_figure(FOUND, policy).axes
         assert [text.get_fontweight() for text in weight.texts] == ["bold", "normal", "normal", "normal"]

@@ -45,7 +45,7 @@ class TestComparison:
         comparison = compare((1.0,), w2a4=(1.2,))
         assert comparison.difference == pytest.approx(-0.2)
         assert (comparison.error, comparison.better) == (None, None)
-        assert comparison.verdict == "not comparable with uniform bits"
+        assert comparison.verdict == "not comparable with uniform bits on a single batch (smaller ones give more)"
         assert "w2a4, 1.2000: a difference of -0.2000 (" in str(comparison)
 
     def test_no_pair(self):

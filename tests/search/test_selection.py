@@ -192,7 +192,8 @@ class TestSpending:
         scores = {name: LogProbabilities((0.0, -1.0, -1.0), (-1.0, 0.0, -1.0)) for name in "abc"}
         policy = self.policy(scores, trained=False)
         assert policy == self.CHOICES.uniform(2, 4)
-        assert policy.meta.keys() == {"budget", "limits", "costs"}
+        assert policy.meta.keys() == {"budget", "limits", "pinned", "costs"}
+        assert policy.meta["pinned"] == ["stem"]
 
     def test_small_floats_are_no_more_bits_than_integers_of_their_width(self):
         choices = SpaceChoices({"a": LayerChoices((4, "fp4", 8, "fp8"), (8,))}, {}, ("a",))
