@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict
 
 import numpy as np
@@ -430,6 +430,8 @@ def _check_classes(loader: Iterable[Batch]) -> None:
     Anything there but a class for every sample, a number or a word, says nothing and passes.
     """
     dataset = getattr(loader, "dataset", None)
+    if not isinstance(dataset, Sized):
+        return
     for attribute in ("labels", "targets"):
         labels = getattr(dataset, attribute, None)
         labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else labels
