@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asga.ops import sam_reference
+from asga.ops import backend, sam_reference
 from asga.ops.sam_library import COUNTS, VARIANTS
 from asga.optim import ASGA
 
@@ -436,6 +436,60 @@ class TestWholeStep:
             graph.replay()
             self._run(plain, of_adam=of_adam)
         assert bits_of(on_cpu(vars(captured))) == bits_of(on_cpu(vars(plain)))
+
+    @pytest.mark.parametrize("name", [None, "triton"], ids=["CUDA", "Triton"])
+    def test_graphs_do_not_count_on_each_other(self, bits_of, name):
+        """The one that was captured last runs first, the other one not at all."""
+        if name is not None:
+            pytest.importorskip("triton")
+        plain, captured = self._tensors(), self._tensors()
+        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with backend(name):
+            self._run(self._tensors(), of_adam=False)  # loads the kernels, which a capture does not allow
+            for graph in graphs:
+                with torch.cuda.graph(graph):
+                    self._run(captured, of_adam=False)
+            graphs[1].replay()
+            self._run(plain, of_adam=False)
+            assert bits_of(on_cpu(vars(captured))) == bits_of(on_cpu(vars(plain)))
+            # Nor do calls outside of graphs count on them.
+            self._run(captured, of_adam=False)
+            self._run(plain, of_adam=False)
+        assert bits_of(on_cpu(vars(captured))) == bits_of(on_cpu(vars(plain)))
+
+    def test_triton_waits_for_nothing_whatever_the_default_device_is(self):
+        pytest.importorskip("triton")
+        step = self._tensors()
+        with backend("triton"), torch.device(DEVICE):
+            self._run(step, of_adam=False)
+            launches(lambda: self._run(self._tensors_like(step), of_adam=False))
+
+    def _tensors_like(self, step):
+        """Of other addresses, so that their tables are new."""
+        other = type(step)()
+        for name, value in vars(step).items():
+            setattr(other, name, [t.clone() for t in value] if isinstance(value, list) else value.clone())
+        return other
+
+    def test_with_cuda_graphs_of_torch_compile(self):
+        """Their memory is written again by pass 2; what pass 1 left there must have been copied."""
+
+        def losses(mode: str | None) -> list[float]:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8)).to(DEVICE)
+            run = model if mode is None else torch.compile(model, mode=mode)
+            optimizer = ASGA(model.parameters(), lr=0.1)
+            x, y = torch.randn(16, 64, device=DEVICE), torch.randint(8, (16,), device=DEVICE)
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(run(x), y)
+                loss.backward()
+                return loss
+
+            return [optimizer.step(closure).item() for _ in range(8)]
+
+        assert losses("reduce-overhead") == pytest.approx(losses(None), rel=1e-3)
 
     @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
     def test_the_optimizer_is_captured_with_both_passes(self, bits_of, base):
