@@ -77,7 +77,7 @@ class TransferTrainer:
         weight_decay: Of the weights; never of scales, norms or biases.
         warmup: Steps over which `lr` rises.
         optimizer_options: Further options of `asga.optim.ASGA`.
-        calibration_batches: Batches that set the scales of the activations.
+        calibration_batches: Batches that set those scales of the activations that are not set yet.
         batchnorm_batches: Batches that measure the running statistics at the end; 0 leaves those of training.
         validate_every: Epochs between evaluations; the last epoch is always evaluated.
         loss_fn: The mean loss over a batch of logits and labels. With the default, labels are int64 ``[B]`` and logits

@@ -206,7 +206,8 @@ class PolicySearcher:
             ImportError: scipy is not installed.
             TrainingError: The loss is not finite, or the data do not fit the model.
             TypeError: A batch has another form.
-            ValueError: The loader is empty, has no length, or has one class only, or `folder` holds another run.
+            ValueError: The loader is empty, has no length, or has one class only, the model calls its layers from
+                elsewhere than its modules, or `folder` holds another run.
             KeyboardInterrupt: Stopped; the checkpoint in `folder`, if given, resumes the search.
 
         Warns:
@@ -328,6 +329,7 @@ class PolicySearcher:
         Raises:
             InfeasibleBudgetError: No policy meets the budget.
             ImportError: scipy is not installed.
+            TrainingError: The data do not fit the model, or it gives no logits.
             ValueError: The loader is empty, has no length, or has one class only.
         """
         require("scipy.optimize", "search")  # the last step needs it; it would be a pity to learn it then
