@@ -43,8 +43,8 @@ def check_optimizer_options(
         if name not in known:
             hint = did_you_mean(name, known) or f"; those are {', '.join(sorted(known))}"
             raise ValueError(f"optimizer_options has {name!r}, which is no option of method {method!r}{hint}")
-    # Its own checks see the values. What it needs the model for has to wait for that.
     options = {name: plain(value) for name, value in options.items()}
+    # Its own checks see the values. What it needs the model for has to wait for that.
     values = {name: value for name, value in options.items() if (name, value) != ("perturb", "quantized")}
     if len(values) < len(options) and values.get("adaptive"):
         raise ValueError("optimizer_options has perturb 'quantized' and adaptive; give one of them")
