@@ -5,7 +5,8 @@
 A study is a grid of model x budget x method x seed. Every cell searches a policy on the proxy, from a float model that
 all cells of a model share, and fine-tunes it on the target, from a float model that they share too, in an order of
 images that only the seed decides: differences between two methods are paired by seed. Every policy is fine-tuned by
-plain SGD, so that only the policies differ; equal policies of one seed are fine-tuned once.
+plain SGD, so that only the policies differ; equal policies of one seed are fine-tuned once. With ``--fine-tune-on
+proxy`` the same is done where the policies were searched: a search that fails there has nothing to transfer.
 
 A method may carry options of the searcher or of its optimizer, as in ``sgd:held_out=0.2`` or
 ``asga:rho_max=0.1,perturb="quantized"``, and is a row of its own then.
@@ -38,6 +39,8 @@ from asga.steps import evaluate
 from asga.transfer import TransferTrainer
 
 METHODS = ("sgd", "asga", "sam", "aligned", "sensitivity", "hawq", "random", "uniform")
+DATA = ("target", "proxy")
+SUFFIXES = {"target": "cell", "proxy": "proxy-cell"}  # of the files of cells
 _BATCH = 128
 # As for `asga search` and `asga transfer`; float models are trained by the recipe of asga.cli.pipeline.
 _FLOAT_EPOCHS, _SEARCH_EPOCHS, _TRANSFER_EPOCHS = 15, 5, 3
@@ -56,6 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", nargs="+", default=["w3a3", "w2a3"], help="of BitOps")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--fine-tune-on",
+        nargs="+",
+        choices=DATA,
+        default=["target"],
+        help="proxy: what policies are worth where they were searched",
+    )
     parser.add_argument("--only-search", action="store_true", help="leave the fine-tuning to a later call")
     parser.add_argument("--only-table", action="store_true", help="train nothing: the table of what is there")
     options = parser.parse_args(arguments)
@@ -99,9 +109,9 @@ class Study:
     def __init__(self, options: argparse.Namespace, model: str) -> None:
         self._options, self._model, self._out = options, model, options.out
         self._autocast = torch.bfloat16 if options.precision == "bfloat16" else None
-        self._proxy = _batches(options.proxy, "train", options.limit)
-        self._target = _batches(options.target, "train", options.limit)
-        self._target_val = _batches(options.target, "val", None, like=self._target)
+        specs = {"target": options.target, "proxy": options.proxy}
+        self._train = {name: _batches(spec, "train", options.limit) for name, spec in specs.items()}
+        self._val = {name: _batches(spec, "val", None, like=self._train[name]) for name, spec in specs.items()}
 
     def run(self) -> None:
         """Search and fine-tune what is missing of the grid."""
@@ -114,8 +124,9 @@ class Study:
         for budget, method, seed in cells:
             result = self.search(budget, method, seed)
             if not self._options.only_search:
-                self.cell(result, budget, method, seed)
-                _summarize(self._out)
+                for data in self._options.fine_tune_on:
+                    self.cell(result, budget, method, seed, SUFFIXES[data], data)
+                    _summarize(self._out)
 
     def search(self, budget: str, method: str, seed: int) -> SearchResult:
         """The result of one search on the proxy, of an earlier call where it is there."""
@@ -123,7 +134,7 @@ class Study:
         path = self._out / f"{name}.search.json"
         if path.exists():
             return SearchResult.load(path)
-        model = self._float_model("proxy", self._proxy)
+        model = self._float_model("proxy")
         kind, options = _parse(method)
         torch.manual_seed(seed)
         searcher = PolicySearcher(
@@ -136,15 +147,15 @@ class Study:
             meta={"architecture": self._model, "method": method, "seed": seed},
             **options,
         )
-        result = searcher.fit(self._proxy.with_seed(seed))
+        result = searcher.fit(self._train["proxy"].with_seed(seed))
         write_json(self._out / f"{name}.history.json", {"history": result.history})
         result.save(path)
         return result
 
     def cell(
-        self, result: SearchResult, budget: str, method: str, seed: int, suffix: str = "cell"
+        self, result: SearchResult, budget: str, method: str, seed: int, suffix: str = "cell", data: str = "target"
     ) -> dict[str, object]:
-        """The policy of a search within a budget on the target: cost, accuracy and loss, written to ``*.SUFFIX.json``.
+        """The policy of a search within a budget, fine-tuned: cost, accuracy and loss, written to ``*.SUFFIX.json``.
 
         The policy is solved anew from the probabilities: those of an earlier call may have had another solver.
         """
@@ -155,13 +166,13 @@ class Study:
         if path.exists() and (cell := _read(path))["policy"] == bits:
             return cell
         history = self._out / f"{self._model}-{budget}-{method}-seed{seed}.history.json"
-        last = (_read(history)["history"] or [{}])[-1] if suffix == "cell" and history.exists() else {}
+        last = (_read(history)["history"] or [{}])[-1] if suffix in SUFFIXES.values() and history.exists() else {}
         cell = {
             "model": self._model,
             "budget": budget,
             "method": method,
             "seed": seed,
-            **self._fine_tuned(policy, bits, seed, path.name.removesuffix(".json")),
+            **self._fine_tuned(policy, bits, seed, path.name.removesuffix(".json"), data),
             "budget_share": result.costs(policy).bitops / limit.limits(result.profiles, result.choices)["bitops"],
             "expected_share": result.expected_cost.get("bitops"),
             "radius": {key: last[key] for key in ("rho", "h", "share_at_rho_min", "share_at_rho_max") if key in last},
@@ -170,25 +181,27 @@ class Study:
         write_json(path, cell)
         return cell
 
-    def _fine_tuned(self, policy: Policy, bits: str, seed: int, name: str) -> dict[str, float]:
-        """Top-1 and loss on the target, of an earlier cell with the same policy and seed where there is one."""
-        for cell in map(_read, sorted((*self._out.glob("*.cell.json"), *self._out.glob("*.resolved.json")))):
+    def _fine_tuned(self, policy: Policy, bits: str, seed: int, name: str, data: str) -> dict[str, float]:
+        """Top-1 and loss on the data, of an earlier cell with the same policy and seed where there is one."""
+        resolved = self._out.glob("*.resolved.json") if data == "target" else ()
+        for cell in (*_cells(self._out, data), *map(_read, sorted(resolved))):
             if (cell["model"], cell["seed"], cell["policy"]) == (self._model, seed, bits):
                 return {key: cell[key] for key in ("top1", "loss")}
-        model = self._float_model("target", self._target)
+        model = self._float_model(data)
         torch.manual_seed(seed)
         trainer = TransferTrainer(
             asga.quantize(model, policy).to(memory_format=torch.channels_last),
             epochs=_TRANSFER_EPOCHS,
             method="sgd",
             autocast=self._autocast,
-            progress=_Printed(f"{name} on the target"),
+            progress=_Printed(f"{name} on the {data}"),
         )
-        evaluation = trainer.fit(self._target.with_seed(seed), self._target_val).evaluation
+        evaluation = trainer.fit(self._train[data].with_seed(seed), self._val[data]).evaluation
         return {"top1": evaluation.top1, "loss": evaluation.loss}
 
-    def _float_model(self, name: str, train: Batches) -> nn.Module:
-        """Trained once; seed 0."""
+    def _float_model(self, name: str) -> nn.Module:
+        """Of the proxy or the target, trained once; seed 0."""
+        train = self._train[name]
         torch.manual_seed(0)
         options = {} if self._model == "resnet20" else {"small_images": self._options.total_stride == 8}
         model = build_model(self._model, train.dataset.num_classes, train.dataset.image_shape[0], **options)
@@ -208,8 +221,7 @@ class Study:
         )
         trainer.fit(train)
         save_tensors(path, model.state_dict())
-        spec = self._options.proxy if name == "proxy" else self._options.target
-        found = evaluate(model, _batches(spec, "val", None, like=train), autocast=self._autocast)
+        found = evaluate(model, self._val[name], autocast=self._autocast)
         write_json(self._out / f"{self._model}-{name}.json", {"model": self._model, "data": name, **asdict(found)})
         return model
 
@@ -245,8 +257,8 @@ def _batches(spec: str, split: str, limit: int | None, like: Batches | None = No
     return Batches(dataset, 500, shuffle=False, augment=False, mean=like.mean, std=like.std)
 
 
-def _cells(out: Path) -> Iterator[dict[str, object]]:
-    return map(_read, sorted(out.glob("*.cell.json")))
+def _cells(out: Path, data: str) -> Iterator[dict[str, object]]:
+    return map(_read, sorted(out.glob(f"*.{SUFFIXES[data]}.json")))
 
 
 def _read(path: Path) -> dict[str, object]:
@@ -255,25 +267,29 @@ def _read(path: Path) -> dict[str, object]:
 
 def _summarize(out: Path) -> None:
     """``study.json`` and ``study.md``: every cell, and means with the spread over seeds."""
-    cells = list(_cells(out))
+    cells = {data: list(_cells(out, data)) for data in DATA}
     floats = [_read(path) for path in sorted((*out.glob("*-proxy.json"), *out.glob("*-target.json")))]
-    write_json(out / "study.json", {"machine": machine_facts(), "float": floats, "cells": cells})
-    groups: dict[tuple[str, str], dict[str, dict[int, Mapping[str, object]]]] = {}
-    for cell in cells:
-        by_method = groups.setdefault((cell["model"], cell["budget"]), {})
-        by_method.setdefault(cell["method"], {})[cell["seed"]] = cell
+    write_json(
+        out / "study.json",
+        {"machine": machine_facts(), "float": floats, "cells": cells["target"], "proxy_cells": cells["proxy"]},
+    )
     lines = []
-    for (model, budget), by_method in groups.items():
-        lines += [f"### {model}, BitOps of {budget}", "", _HEAD]
-        for method in sorted(by_method, key=lambda m: METHODS.index(m) if m in METHODS else len(METHODS)):
-            agreement = _agreement(out, f"{model}-{budget}-{method}", by_method[method])
-            lines.append(_row(method, by_method[method], by_method.get("uniform", {}), agreement))
-        lines.append("")
+    for data, found in cells.items():
+        groups: dict[tuple[str, str], dict[str, dict[int, Mapping[str, object]]]] = {}
+        for cell in found:
+            by_method = groups.setdefault((cell["model"], cell["budget"]), {})
+            by_method.setdefault(cell["method"], {})[cell["seed"]] = cell
+        for (model, budget), by_method in groups.items():
+            lines += [f"### {model}, BitOps of {budget}, fine-tuned on the {data}", "", _HEAD]
+            for method in sorted(by_method, key=lambda m: METHODS.index(m) if m in METHODS else len(METHODS)):
+                agreement = _agreement(out, f"{model}-{budget}-{method}", by_method[method])
+                lines.append(_row(method, by_method[method], by_method.get("uniform", {}), agreement))
+            lines.append("")
     write_atomic(out / "study.md", "\n".join(lines))
 
 
 _HEAD = (
-    "| method | seeds | target top-1 | target loss | loss minus that of uniform, paired | of the budget "
+    "| method | seeds | top-1 | loss | loss minus that of uniform, paired | of the budget "
     "| seeds agree (chance, p) |\n"
     "|---|---|---|---|---|---|---|"
 )

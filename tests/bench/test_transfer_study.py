@@ -52,6 +52,19 @@ def test_equal_policies_of_a_seed_share_their_fine_tuning(study, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:the policy is not better than uniform bits")
+def test_policies_are_fine_tuned_on_either_dataset(study, tmp_path, capsys):
+    of_target = study("--methods", "random", "--seeds", "0")
+    capsys.readouterr()
+    assert study("--methods", "random", "--seeds", "0", "--fine-tune-on", "target", "proxy") == of_target
+    out = capsys.readouterr().out
+    assert (out.count("on the proxy"), out.count("on the target")) == (1, 0)
+    (of_proxy,) = json.loads((tmp_path / "study.json").read_text())["proxy_cells"]
+    assert of_proxy["policy"] == of_target[0]["policy"]
+    assert of_proxy["budget_share"] == of_target[0]["budget_share"]
+    assert "resnet20, BitOps of w3a3, fine-tuned on the proxy" in (tmp_path / "study.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:the policy is not better than uniform bits")
 def test_a_method_may_carry_options(study, monkeypatch, tmp_path):
     made = []
     searcher = transfer_study.PolicySearcher
