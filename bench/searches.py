@@ -162,6 +162,7 @@ def start(case: SearchCase, device: str) -> Search:
         warmup=0,
         logit_lr=LOGIT_LR,
         temperature=(1.0, 1.0),
+        relaxation="softmax",  # as its peers
         calibration_batches=1,
         autocast=case.autocast,
     )

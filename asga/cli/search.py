@@ -109,7 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="train the logits on this share of the images, weights on the rest",
     )
-    parser.add_argument("--relaxation", choices=RELAXATIONS, default="softmax", help="gumbel: sample the candidates")
+    parser.add_argument(
+        "--relaxation", choices=RELAXATIONS, default="gumbel", help="gumbel: sample the candidates; softmax: mix them"
+    )
     group = add_run_options(parser, out="runs/search")
     group.add_argument(
         "--checkpoint-every", type=int, default=CHECKPOINT_EVERY, metavar="STEPS", help="what a kill costs at most"

@@ -20,7 +20,7 @@ METHODS: Mapping[str, str] = {
     "asga": "trained with the ASGA step: two passes, aligned gradients, a radius that follows the loss gap",
     "aligned": "trained like asga, with a fixed radius (SAGM)",
     "sam": "trained with sharpness-aware minimization, at a fixed radius",
-    "sgd": "trained with plain SGD, one pass a step (EdMIPS)",
+    "sgd": "trained with plain SGD, one pass a step (EdMIPS, with relaxation softmax)",
     "sensitivity": "not trained: gradients times quantization errors (AutoQuantize)",
     "hawq": "not trained: traces of the Hessian times squared quantization errors (HAWQ-V2)",
     "uniform": "the uniform pair of weight and activation bits that is best after a short fine-tuning",

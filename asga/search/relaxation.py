@@ -5,16 +5,20 @@ from torch import Tensor, nn
 
 from asga.nn import MixedActQuantizer, MixedWeightQuantizer
 
-RELAXATIONS = ("softmax", "gumbel")
+RELAXATIONS = ("gumbel", "softmax")
 
 
 class Relaxation:
     """The logits of a model's mixtures, and the weights of the candidates that are made of them.
 
-    ``"softmax"``: a mixture weighs its candidates by ``p = softmax(logits / T)``, and p is what the search believes.
-    ``"gumbel"``: it believes in ``p = softmax(logits)`` and weighs the candidates by a sample,
+    ``"gumbel"``: a mixture believes in ``p = softmax(logits)`` and weighs its candidates by a sample,
     ``softmax((logits + noise) / T)`` with Gumbel noise, which as T falls becomes a draw of one candidate with
     probability p. The noise stays until the next `draw`, so that both passes of a step see the same network.
+    ``"softmax"``: it weighs them by ``p = softmax(logits / T)``, and p is what it believes.
+
+    A weighted mean of candidates hides what one of them does alone: the others make up for it. With MobileNet-V2 the
+    softmax gave 2 bits, at a probability of 0.4, to an activation that 2 bits wipe out, and the policy never recovered;
+    samples show the loss of every candidate (bench/results/transfer-study.md).
 
     Every forward of the model computes the weights of all its mixtures together: a few operations instead of a few
     for each. Mixtures that share a logits parameter share everything.

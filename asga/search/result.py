@@ -181,8 +181,8 @@ class SearchResult:
     def gaps(self) -> dict[str, dict[str, float]]:
         """Per searched layer the difference of the two best log-probabilities of weight and act; of a group once.
 
-        Near zero the choice of a trained method is a toss-up. Temperature stretches these: they are those of the last
-        step.
+        Near zero the choice of a trained method is a toss-up. Where candidates were mixed, temperature stretches these:
+        they are those of the last step.
         """
         return {
             name: {kind: _gap(values) for kind, values in asdict(p).items() if (name, kind) in self.choices.decisions}

@@ -51,8 +51,8 @@ _SETTING = (
     "weight_decay",
     "warmup",
     "logit_lr",
-    "temperature",
     "relaxation",
+    "temperature",
     "held_out",
     "autocast",
 )
@@ -61,9 +61,10 @@ _SETTING = (
 class PolicySearcher:
     """Searches a bit-width policy on a small (proxy) dataset.
 
-    Every searched layer becomes a mixture of its candidates, weighted by the softmax of logits; the mixture, its
-    scales and the weights are trained together with the ASGA step (or plain SGD), while dual ascent pulls the
-    expected cost to the budget. The final policy is the likeliest one within the budget, found exactly::
+    Every searched layer becomes a mixture of its candidates, sampled anew in every step with probabilities that are the
+    softmax of logits; logits, scales and weights are trained together with the ASGA step (or plain SGD), while dual
+    ascent pulls the expected cost to the budget. The final policy is the likeliest one within the budget, found
+    exactly::
 
         searcher = asga.PolicySearcher(model, asga.SearchSpace(), budget=asga.Budget(bitops="w4a4"), epochs=5)
         policy = searcher.fit(loader).policy
@@ -82,8 +83,9 @@ class PolicySearcher:
         weight_decay: Of the weights; never of scales or logits.
         warmup: Steps over which `lr` rises.
         logit_lr: Of the logits, for Adam.
-        temperature: Of the softmax, at the start and at the end; it falls exponentially.
-        relaxation: ``"softmax"`` or ``"gumbel"``; see `asga.search.relaxation.Relaxation`.
+        temperature: Of the relaxation, at the start and at the end; it falls exponentially.
+        relaxation: ``"gumbel"``, candidates sampled, or ``"softmax"``, mixed, which sees less of what a single choice
+            breaks; see `asga.search.relaxation.Relaxation`.
         held_out: Share of the proxy's samples whose gradients train the logits, in a pass of its own after each step on
             the rest, which trains the weights and scales (alternating updates). None: all samples train both at once.
         optimizer_options: Further options of `asga.optim.ASGA`, such as ``{"rho_max": 0.2}``; they go before those
@@ -111,8 +113,7 @@ class PolicySearcher:
         ValueError: An option is out of range, or the model has no layer to search or is converted already.
 
     Source:
-        The relaxation: Cai and Vasconcelos, "Rethinking Differentiable Search for Mixed-Precision Neural
-        Networks" (EdMIPS), CVPR 2020. The step: see `asga.optim.ASGA`.
+        The relaxations: see `asga.search.relaxation.Relaxation`. The step: see `asga.optim.ASGA`.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class PolicySearcher:
         warmup: int = 20,
         logit_lr: float = 0.03,
         temperature: tuple[float, float] = (1.0, 0.2),
-        relaxation: str = "softmax",
+        relaxation: str = "gumbel",
         held_out: float | None = None,
         optimizer_options: Mapping[str, object] | None = None,
         calibration_batches: int = 4,
@@ -422,7 +423,7 @@ def _check_temperature(temperature: tuple[float, float]) -> tuple[float, float]:
         raise TypeError(f"temperature is {temperature!r}; a pair is needed, that at the start and that at the end")
     temperature = tuple(check_number(f"temperature[{k}]", value) for k, value in enumerate(temperature))
     if not temperature[0] >= temperature[1] > 0:
-        raise ValueError(f"temperature is {temperature}; it must fall and stay above zero")
+        raise ValueError(f"temperature is {temperature}; the second must be above zero and no larger than the first")
     return temperature
 
 

@@ -109,10 +109,10 @@ class TestRunFolder:
         assert found.policy == asga.Policy.load(tmp_path / "run" / "policy.json")
         assert result["uniform"] == found.uniform.to_dict()
 
-    def test_samples_and_images_held_out(self, run, search_arguments, tmp_path):
-        assert run(*search_arguments, "--relaxation", "gumbel", "--held-out", 0.25)[0] == 0
+    def test_mixed_candidates_and_images_held_out(self, run, search_arguments, tmp_path):
+        assert run(*search_arguments, "--relaxation", "softmax", "--held-out", 0.25)[0] == 0
         options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
-        assert (options["relaxation"], options["held_out"]) == ("gumbel", 0.25)
+        assert (options["relaxation"], options["held_out"]) == ("softmax", 0.25)
 
     def test_formats_and_target_reach_the_search(self, run, search_arguments, tmp_path):
         options = ("--formats", "int4,fp4,fp8", "--act-bits", "none", "--target", "any", "--budget", "size=w6")

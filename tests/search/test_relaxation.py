@@ -122,5 +122,5 @@ def test_an_error_in_the_model_leaves_its_mixtures_to_themselves(mixed, images):
 
 
 def test_unknown_kind(mixed):
-    with pytest.raises(ValueError, match="relaxation is 'hard'; it must be one of 'softmax', 'gumbel'"):
+    with pytest.raises(ValueError, match="relaxation is 'hard'; it must be one of 'gumbel', 'softmax'"):
         Relaxation(mixed, "hard")

@@ -538,11 +538,20 @@ class TestLogits:
         with pytest.raises(ValueError, match="held_out is"):
             PolicySearcher(tiny_net(), budget=W4A4, held_out=held_out)
 
-    def test_gumbel_learns(self, tiny_net, labeled_batches):
-        options = {"relaxation": "gumbel", "budget": Budget(bitops="w3a3"), "lr": 0.1}
+    @pytest.mark.parametrize("relaxation", ["gumbel", "softmax"])
+    def test_learns(self, tiny_net, labeled_batches, relaxation):
+        options = {"relaxation": relaxation, "budget": Budget(bitops="w3a3"), "lr": 0.1}
         result = search(tiny_net(), labeled_batches(12), epochs=6, **options)
         assert result.history[-1]["loss"] < result.history[0]["loss"]
+        assert result.history[-1]["temperature"] == pytest.approx(0.2)
         assert result.expected_cost["bitops"] == pytest.approx(1, abs=0.2)
+
+    @pytest.mark.parametrize("relaxation", ["softmax", "gumbel"])
+    def test_temperature_falls_exponentially(self, tiny_net, labeled_batches, relaxation):
+        """One step an epoch; what is logged after a step is what the next one would have, the last one's at the end."""
+        options = {"relaxation": relaxation, "temperature": (4.0, 0.25)}
+        history = search(tiny_net(), labeled_batches(1), epochs=5, **options).history
+        assert [record["temperature"] for record in history] == pytest.approx([2, 1, 0.5, 0.25, 0.25])
 
 
 class TestNotFinite:
@@ -850,8 +859,8 @@ class TestBadInput:
             ({"epochs": 0}, "epochs is 0"),
             ({"calibration_batches": 0}, "calibration_batches is 0"),
             ({"method": "hawk"}, "method is 'hawk'; it must be one of 'asga'"),
-            ({"temperature": (0.2, 1.0)}, "temperature is"),
-            ({"temperature": (1.0, 0.0)}, "temperature is"),
+            ({"temperature": (0.2, 1.0)}, r"temperature is \(0.2, 1.0\); the second must be above zero and"),
+            ({"temperature": (1.0, 0.0)}, r"temperature is \(1.0, 0.0\); the second must be above zero and"),
             ({"lr": -1}, "lr is -1; it must be finite and not negative"),
             ({"lr": math.nan}, "lr is nan"),
             ({"logit_lr": -0.1}, "logit_lr is -0.1"),
@@ -1008,7 +1017,7 @@ class TestResume:
         ("options", "message"),
         [
             ({"lr": 0.5}, "was made with lr 0.01, now it is 0.5"),
-            ({"relaxation": "gumbel"}, "was made with relaxation softmax, now it is gumbel"),
+            ({"relaxation": "softmax"}, "was made with relaxation gumbel, now it is softmax"),
             ({"loss_fn": nn.MultiMarginLoss()}, "was made with loss_fn cross_entropy, now it is MultiMarginLoss"),
             (
                 {"space": SearchSpace(weight_bits=(2, 3, 4, 5, 8))},
