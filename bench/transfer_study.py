@@ -125,7 +125,7 @@ class Study:
             result = self.search(budget, method, seed)
             if not self._options.only_search:
                 for data in self._options.fine_tune_on:
-                    self.cell(result, budget, method, seed, SUFFIXES[data], data)
+                    self.cell(result, budget, method, seed, data=data)
                     _summarize(self._out)
 
     def search(self, budget: str, method: str, seed: int) -> SearchResult:
@@ -153,20 +153,22 @@ class Study:
         return result
 
     def cell(
-        self, result: SearchResult, budget: str, method: str, seed: int, suffix: str = "cell", data: str = "target"
+        self, result: SearchResult, budget: str, method: str, seed: int, *, data: str = "target", suffix: str = ""
     ) -> dict[str, object]:
         """The policy of a search within a budget, fine-tuned: cost, accuracy and loss, written to ``*.SUFFIX.json``.
+
+        With a suffix of its own it is the policy of a search for another budget; else the suffix is that of the data.
 
         The policy is solved anew from the probabilities: those of an earlier call may have had another solver.
         """
         limit = Budget(bitops=budget)
         policy = result.policy_for(limit)
         bits = " ".join(f"{layer.weight_bits}/{layer.act_bits}" for layer in policy.values())
-        path = self._out / f"{self._model}-{budget}-{method}-seed{seed}.{suffix}.json"
+        path = self._out / f"{self._model}-{budget}-{method}-seed{seed}.{suffix or SUFFIXES[data]}.json"
         if path.exists() and (cell := _read(path))["policy"] == bits:
             return cell
         history = self._out / f"{self._model}-{budget}-{method}-seed{seed}.history.json"
-        last = (_read(history)["history"] or [{}])[-1] if suffix in SUFFIXES.values() and history.exists() else {}
+        last = (_read(history)["history"] or [{}])[-1] if not suffix and history.exists() else {}
         cell = {
             "model": self._model,
             "budget": budget,
