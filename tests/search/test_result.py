@@ -155,7 +155,7 @@ class TestFarFromTheBudget:
     def test_warns_where_the_search_speaks_against_the_policy(self, result):
         """Weights of 2 bits, which have 0.1, 0.2 and 0.05, and the likeliest inputs, which have 0.49 and 0.8."""
         assert (1 / 3) ** 5 * math.exp(-5 * TOSS_UP) > 0.1 * 0.2 * 0.05 * 0.49 * 0.8
-        with pytest.warns(FarFromBudget, match=r"size <= w2 \(-\d+%\)\. The policy is less likely") as caught:
+        with pytest.warns(FarFromBudget, match=r"size <= w2 \(-\d+%\)\. .* less likely than") as caught:
             policy = result.policy_for(Budget(size="w2"))
         assert policy.meta["far"]
         assert caught[0].filename == __file__
@@ -167,14 +167,34 @@ class TestFarFromTheBudget:
         assert len(caught) == 1
         assert all(str(point.budget) in str(caught[0].message) for point in points[1:])
 
+    def test_warns_of_tighter_budgets_whatever_the_probabilities(self, result):
+        with pytest.warns(FarFromBudget, match=r"0\.79\*w4a4 \(-21%\)\. .* more than 20% tighter"):
+            points = nothing_learned(result).pareto([Budget(bitops=f"{share}*w4a4") for share in (0.79, 0.81)])
+        assert [point.far for point in points] == [True, False]
+
+    def test_warns_where_one_limit_of_several_is_tighter(self, result):
+        size = result.costs(result.policy).size_bits
+        with pytest.warns(FarFromBudget):
+            point = nothing_learned(result).pareto([Budget(bitops="2*w4a4", size=int(0.75 * size) // 8)])[0]
+        assert point.distance == {"bitops": 1.0, "size_bits": pytest.approx(-0.25, abs=0.01)}
+
     def test_silent_near_it_and_before_anything_is_learned(self, result, recwarn):
         result.policy_for(BUDGETS[0])
-        even = {
-            name: LogProbabilities(logs(*[1 / len(p.weight)] * len(p.weight)), logs(*[1 / len(p.act)] * len(p.act)))
-            for name, p in LOG_PROBS.items()
-        }
-        replace(result, log_probs=even).pareto(BUDGETS)
+        nothing_learned(result).pareto([Budget(bitops=f"{share}*w4a4") for share in (0.81, 1, 2, 10)])
         assert not recwarn.list
+
+    def test_silent_for_methods_without_training(self, result, recwarn):
+        replace(result, method="hawq").pareto(BUDGETS)
+        assert not recwarn.list
+
+
+def nothing_learned(result: SearchResult) -> SearchResult:
+    """The same with all candidates as likely."""
+    even = {
+        name: LogProbabilities(logs(*[1 / len(p.weight)] * len(p.weight)), logs(*[1 / len(p.act)] * len(p.act)))
+        for name, p in LOG_PROBS.items()
+    }
+    return replace(result, log_probs=even)
 
 
 class TestFindings:
