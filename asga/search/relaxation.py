@@ -39,7 +39,7 @@ class Relaxation:
         "Mixed Precision Quantization of ConvNets via Differentiable Neural Architecture Search", 2018.
     """
 
-    def __init__(self, model: nn.Module, kind: str = "softmax") -> None:
+    def __init__(self, model: nn.Module, kind: str) -> None:
         check_relaxation(kind)
         self._mixtures = [m for m in model.modules() if isinstance(m, MixedWeightQuantizer | MixedActQuantizer)]
         self.logits = list(dict.fromkeys(mixture.logits for mixture in self._mixtures))

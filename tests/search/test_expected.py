@@ -34,7 +34,7 @@ def quantized_layers(model) -> dict[str, QuantizedLayer]:
 
 def test_is_the_mean_over_all_policies(setting):
     mixed, choices, profiles, limits = setting
-    layers, relaxation = quantized_layers(mixed), Relaxation(mixed)
+    layers, relaxation = quantized_layers(mixed), Relaxation(mixed, "softmax")
     expected = ExpectedCosts(layers, profiles, choices, limits)(relaxation.probs())
     probs = {logits: values.tolist() for logits, values in relaxation.probs().items()}
     totals = dict.fromkeys(limits, 0.0)
@@ -68,7 +68,7 @@ def test_a_peak_is_the_largest_expectation_of_a_layer(tiny_net):
     profiles = profile_layers(model, torch.zeros(1, 1, 8, 8), choices.names)
     mixed = prepare(model, choices)
     limits = Budget(act_memory="a4", bitops="w4a4").limits(profiles, choices)
-    relaxation = Relaxation(mixed)
+    relaxation = Relaxation(mixed, "softmax")
     expected = ExpectedCosts(quantized_layers(mixed), profiles, choices, limits)(relaxation.probs())
     # Uniform probabilities over 2, 3, 4, 6 and 8 bits are 4.6 bits; conv2 reads 4 x 8 x 8 values, conv3 8 x 4 x 4, and
     # the first layer 64 of 8 bits.
@@ -80,7 +80,7 @@ def test_a_peak_is_the_largest_expectation_of_a_layer(tiny_net):
 
 def test_every_choice_has_a_gradient(setting):
     mixed, choices, profiles, limits = setting
-    relaxation = Relaxation(mixed)
+    relaxation = Relaxation(mixed, "softmax")
     costs = ExpectedCosts(quantized_layers(mixed), profiles, choices, limits)(relaxation.probs())
     costs["bitops"].backward()
     assert all(logits.grad.any() for logits in relaxation.logits if len(logits) > 1)

@@ -39,14 +39,14 @@ class TestSoftmax:
             return outputs.detach(), *(mixture.logits.grad.clone() for mixture in mixtures(mixed))
 
         alone = outcome()
-        relaxation = Relaxation(mixed)
+        relaxation = Relaxation(mixed, "softmax")
         relaxation.draw()
         together = outcome()
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
         assert all(mixture.logits.grad.any() for mixture in mixtures(mixed))
 
     def test_beliefs(self, mixed):
-        relaxation = Relaxation(mixed)
+        relaxation = Relaxation(mixed, "softmax")
         relaxation.set_temperature(0.5)
         probs, log_probs = relaxation.probs(), relaxation.log_probs()
         assert list(log_probs) == relaxation.logits == [mixture.logits for mixture in mixtures(mixed)]
@@ -56,7 +56,7 @@ class TestSoftmax:
             torch.testing.assert_close(torch.tensor(log_probs[logits]).exp(), expected.detach())
 
     def test_temperature_is_that_of_all_mixtures_and_part_of_the_state(self, mixed):
-        Relaxation(mixed).set_temperature(0.25)
+        Relaxation(mixed, "softmax").set_temperature(0.25)
         state = mixed.state_dict()
         kept = [value.item() for name, value in state.items() if name.endswith(".temperature")]
         assert kept == [0.25] * 4
@@ -66,7 +66,7 @@ class TestSoftmax:
     def test_shared_logits_are_one_choice(self, mixed, images):
         first, second = (m for m in mixtures(mixed) if isinstance(m, MixedWeightQuantizer))
         second.logits = first.logits
-        relaxation = Relaxation(mixed)
+        relaxation = Relaxation(mixed, "softmax")
         assert len(relaxation.logits) == 3
         mixed(images).square().sum().backward()
         shared = first.logits.grad.clone()
@@ -114,7 +114,7 @@ class TestGumbel:
 
 
 def test_an_error_in_the_model_leaves_its_mixtures_to_themselves(mixed, images):
-    Relaxation(mixed)
+    Relaxation(mixed, "softmax")
     before = [mixture.probs() for mixture in mixtures(mixed)]
     with pytest.raises(RuntimeError):
         mixed(images[:, :, :, :0])
